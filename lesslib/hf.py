@@ -1,0 +1,147 @@
+"""The only door to transformers' internals: put an attention of our own in place of a model's, for any model on its attention interface."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from .kernels import Kernels
+from .parallel import dense_attention, less_attention
+from .policies import Policy
+
+# (layer index, q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], real [B, S] or None, scaling) -> [B, Hq, S, Dv]
+Attention = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+WORKS = "decoders on transformers' attention interface, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, GPT-NeoX and OLMo 2"
+REFUSED = {"softcap": "logit soft-capping", "s_aux": "attention sinks"}
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, less_fn=None, sliding_window=None, **kwargs):
+    """The function registered with transformers: q, k, v after RoPE in, [B, S, Hq, Dv] out."""
+    if less_fn is None or (sliding_window is not None and sliding_window < key.shape[2]):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    for name, what in REFUSED.items():
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"{what} ({name}) of {type(module).__name__} is not implemented in lesslib: use a model without it")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{query.shape[2]} queries meet {key.shape[2]} keys: mode='parallel' scores whole sequences in one forward; call the model without past_key_values and do not generate in it"
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions: pass a 2D mask [batch, tokens], 1 for tokens and 0 for padding")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = less_fn(module.layer_idx, query, key, value, attention_mask, scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, local_size=None, **kwargs):
+    """The mask handed to `_attention`: which tokens are real, [B, S]; sliding-window layers keep their stock mask."""
+    if local_size is not None and local_size < kv_length:
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, **kwargs)
+    if local_size is None and mask_function is not causal_mask_function:
+        raise NotImplementedError("packed sequences and custom mask functions are not implemented: score one sequence per row, with a 2D attention_mask for padding")
+    return None if attention_mask is None else attention_mask[:, -q_length:]
+
+
+AttentionInterface.register("less", _attention)
+AttentionMaskInterface.register("less", _mask)
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The model's attention modules by layer index. Raises TypeError for a model outside the attention interface."""
+    found = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")} if isinstance(model, PreTrainedModel) else {}
+    if not found or not model._can_set_attn_implementation():
+        raise TypeError(f"{type(model).__name__} does not go through transformers' attention interface; lesslib works with {WORKS}")
+    return found
+
+
+def output_projection(module: nn.Module) -> nn.Linear:
+    """The linear map W_O after attention, whatever the architecture calls it. Raises TypeError when there is none."""
+    for name in ("o_proj", "dense", "out_proj", "c_proj"):
+        if isinstance(getattr(module, name, None), nn.Linear):
+            return getattr(module, name)
+    raise TypeError(f"{type(module).__name__} has no output projection called o_proj, dense, out_proj or c_proj")
+
+
+def model_shape(model: PreTrainedModel) -> dict[str, int]:
+    """`layers`, `heads`, `kv_heads`, `head_dim` and `context` of a model."""
+    c = model.config.get_text_config(decoder=True)
+    heads = c.num_attention_heads
+    return {
+        "layers": c.num_hidden_layers,
+        "heads": heads,
+        "kv_heads": getattr(c, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(c, "head_dim", None) or c.hidden_size // heads,
+        "context": c.max_position_embeddings,
+    }
+
+
+@contextlib.contextmanager
+def replace_attention(model: PreTrainedModel, attention: Attention) -> Iterator[PreTrainedModel]:
+    """Within the context every attention layer of `model` calls `attention`; afterwards the model is as it was."""
+    modules = attention_modules(model)
+    before = model.config._attn_implementation
+    if before == "less":
+        raise RuntimeError("this model's attention is already replaced: leave the first `with less(...)` before entering another")
+
+    def hand_over(module, args, kwargs):
+        return args, {**kwargs, "less_fn": attention}
+
+    hooks = [m.register_forward_pre_hook(hand_over, with_kwargs=True) for m in modules.values()]
+    model.set_attn_implementation("less")
+    try:
+        yield model
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def less(model: PreTrainedModel, policy: Policy, kernels: Kernels | None = None, mode: Literal["parallel"] = "parallel") -> Iterator[PreTrainedModel]:
+    """Run `model` under an eviction policy, with LESS where `kernels` are given (None: the sparse baseline).
+
+        with less(model, H2O.from_fraction(0.05, 1024), kernels, mode="parallel"):
+            logits = model(input_ids, attention_mask).logits
+
+    mode="parallel" scores whole sequences in one forward, as decoding token by token would. Raises ValueError when the
+    budget exceeds the model's context, when the kernels were made for another model or hold NaN, and TypeError for a
+    model outside transformers' attention interface.
+    """
+    if mode != "parallel":
+        raise ValueError(f"unknown mode {mode!r}: choose 'parallel'")
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy is a {type(policy).__name__}; pass Full(), H2O(...), Lambda(...) or TOVA(...)")
+    attention_modules(model)
+    shape = model_shape(model)
+    policy.check(shape["context"])
+    if kernels is not None:
+        kernels.check(shape, getattr(model, "less_identity", None))
+        kernels.to(model.device)
+        if any(not p.isfinite().all() for p in kernels.parameters()):
+            raise ValueError("the kernels hold NaN or infinite weights: load or train them again")
+
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
+        return less_attention(q, k, v, policy, None if kernels is None else kernels[layer], real, scaling)
+
+    with replace_attention(model, attention):
+        yield model
+
+
+@contextlib.contextmanager
+def capture(model: PreTrainedModel, keep: Callable[[int, Tensor, Tensor, Tensor, Tensor, float], None]) -> Iterator[PreTrainedModel]:
+    """Dense attention that hands every layer's q, k, v (after RoPE), output and scaling to `keep(layer, q, k, v, out, scaling)`."""
+
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
+        out = dense_attention(q, k, v, real, scaling)
+        keep(layer, q, k, v, out, scaling)
+        return out
+
+    with torch.no_grad(), replace_attention(model, attention):
+        yield model

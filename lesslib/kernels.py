@@ -1,0 +1,167 @@
+"""The learned feature maps phi and psi of LESS, the Performer baseline, and their checkpoints."""
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = "less-kernels-1"
+SCALE_INIT = 1e-4  # of s1 and s2, as in the authors' code
+SHAPE_FIELDS = ("layers", "heads", "kv_heads", "head_dim")
+
+
+def _heads(shape: tuple[int, ...]) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) * shape[-2] ** -0.5)
+
+
+class LayerKernels(nn.Module):
+    """phi and psi of one attention layer (paper, eqs 1-2), a small MLP per head without biases.
+
+    phi(q) = |gelu(gelu(q W1) W2)| per query head; psi(k) = |u + (u W3) * s2| with u = |s1| * gelu(gelu(k W1) W2) per
+    key-value head. The residual in psi is in the authors' code; the paper prints psi without it. `dropout` acts on the
+    first pre-activation while training.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, kernel_size: int = 8, hidden: int = 512, dropout: float = 0.3):
+        super().__init__()
+        if heads % kv_heads:
+            raise ValueError(f"{heads} query heads do not divide into {kv_heads} key-value heads")
+        self.dropout = dropout
+        self.phi_w1, self.phi_w2 = _heads((heads, head_dim, hidden)), _heads((heads, hidden, kernel_size))
+        self.psi_w1, self.psi_w2 = _heads((kv_heads, head_dim, hidden)), _heads((kv_heads, hidden, kernel_size))
+        self.psi_w3 = _heads((kv_heads, kernel_size, kernel_size))
+        self.s1 = nn.Parameter(torch.full((kv_heads, 1, kernel_size), SCALE_INIT))
+        self.s2 = nn.Parameter(torch.full((kv_heads, 1, kernel_size), SCALE_INIT))
+
+    def _mlp(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+        x = x.to(w1.dtype) @ w1
+        return F.gelu(F.gelu(F.dropout(x, self.dropout, self.training)) @ w2)
+
+    def phi(self, q: Tensor) -> Tensor:
+        """Features of queries: [B, Hq, S, D] -> [B, Hq, S, R], at least 0."""
+        return self._mlp(q, self.phi_w1, self.phi_w2).abs()
+
+    def psi(self, k: Tensor) -> Tensor:
+        """Features of keys: [B, Hkv, S, D] -> [B, Hkv, S, R], at least 0."""
+        u = self.s1.abs() * self._mlp(k, self.psi_w1, self.psi_w2)
+        return (u + (u @ self.psi_w3) * self.s2).abs()
+
+
+class LayerPerformer(nn.Module):
+    """Positive random features of the softmax kernel (Choromanski et al., 2021), the paper's "H2O+Performer": nothing is trained.
+
+    E[phi(q) psi(k)^T] = exp(q k / sqrt D), with R orthogonal Gaussian directions per key-value head.
+    """
+
+    directions: Tensor
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, kernel_size: int, generator: torch.Generator):
+        super().__init__()
+        blocks = []
+        for _ in range(kv_heads):
+            columns = [torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator))[0] for _ in range(-(-kernel_size // head_dim))]
+            lengths = torch.randn(head_dim, kernel_size, generator=generator).norm(dim=0)
+            blocks.append(torch.cat(columns, 1)[:, :kernel_size] * lengths)
+        self.register_buffer("directions", torch.stack(blocks))
+        self.groups = heads // kv_heads
+
+    @staticmethod
+    def _features(x: Tensor, directions: Tensor) -> Tensor:
+        x = x.to(directions.dtype) * x.shape[-1] ** -0.25
+        return (x @ directions - x.square().sum(-1, keepdim=True) / 2).exp() / math.sqrt(directions.shape[-1])
+
+    def phi(self, q: Tensor) -> Tensor:
+        return self._features(q, self.directions.repeat_interleave(self.groups, 0))
+
+    def psi(self, k: Tensor) -> Tensor:
+        return self._features(k, self.directions)
+
+
+class Kernels(nn.Module):
+    """The kernels of all layers of a model, with a header that says what they were made for and from.
+
+    `header` holds at least layers, heads, kv_heads, head_dim, kernel_size (R) and hidden; trained ones add model,
+    revision, policy, budget, fraction, data, seed, recipe and the lesslib version.
+    """
+
+    def __init__(self, header: dict, layers: list[nn.Module]):
+        super().__init__()
+        self.header, self.layers = header, nn.ModuleList(layers)
+
+    @classmethod
+    def new(cls, shape: dict[str, int], kernel_size: int, hidden: int, dropout: float = 0.3, seed: int = 0) -> Kernels:
+        """Freshly initialised kernels for a model of `shape` (`layers`, `heads`, `kv_heads`, `head_dim`)."""
+        for what, n in (("kernel_size", kernel_size), ("hidden", hidden)):
+            if not isinstance(n, int) or n < 1:
+                raise ValueError(f"{what}={n!r} must be a whole number of at least 1")
+        layers: list[nn.Module] = []
+        for i in range(shape["layers"]):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed * 1000 + i)  # by layer, so that layers may train in any order or place
+                layers.append(LayerKernels(shape["heads"], shape["kv_heads"], shape["head_dim"], kernel_size, hidden, dropout))
+        return cls({**{f: shape[f] for f in SHAPE_FIELDS}, "kernel_size": kernel_size, "hidden": hidden, "seed": seed}, layers)
+
+    @classmethod
+    def performer(cls, shape: dict[str, int], kernel_size: int = 8, seed: int = 0) -> Kernels:
+        """The Performer baseline for a model of `shape`."""
+        generator = torch.Generator().manual_seed(seed)
+        layers: list[nn.Module] = [LayerPerformer(shape["heads"], shape["kv_heads"], shape["head_dim"], kernel_size, generator) for _ in range(shape["layers"])]
+        return cls({**{f: shape[f] for f in SHAPE_FIELDS}, "kernel_size": kernel_size, "hidden": 0, "seed": seed}, layers)
+
+    def __getitem__(self, layer: int) -> nn.Module:
+        return self.layers[layer]
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def check(self, shape: dict[str, int], identity: dict[str, str] | None = None) -> None:
+        """Raises ValueError naming the field in which the kernels do not fit a model of `shape` and `identity` (model, revision)."""
+        for field, have in {**{f: shape[f] for f in SHAPE_FIELDS}, **(identity or {})}.items():
+            made_for = self.header.get(field, have)
+            if made_for != have:
+                raise ValueError(f"these kernels do not fit the model: {field} is {made_for} in the kernels and {have} in the model; train kernels for it with python -m lesslib.train")
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with the JSON header, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file({n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}, scratch, metadata={"format": FORMAT, "header": json.dumps(self.header, sort_keys=True)})
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Kernels:
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for a file that is cut short, foreign or holds NaN."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no kernels at {path}: train them with python -m lesslib.train")
+        try:
+            with safe_open(path, framework="pt") as f:
+                metadata = f.metadata() or {}
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{path} is not a whole safetensors file ({e}): delete it and train again") from e
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} holds format {metadata.get('format')!r}, not {FORMAT!r}: these are not LESS kernels of this version")
+        header = json.loads(metadata["header"])
+        kernels = cls.new(header, header["kernel_size"], header["hidden"])
+        wanted = {n: tuple(t.shape) for n, t in kernels.state_dict().items()}
+        for name, shape in wanted.items():
+            if name not in tensors or tuple(tensors[name].shape) != shape:
+                found = tuple(tensors[name].shape) if name in tensors else "missing"
+                raise ValueError(f"{path}: {name} is {found}, the header's shape says {shape}; the file is damaged, train again")
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"{path}: {name} holds NaN or infinite weights; delete the file and train again")
+        kernels.load_state_dict(tensors)
+        kernels.header = header
+        return kernels.eval()

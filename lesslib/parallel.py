@@ -1,0 +1,76 @@
+"""LESS over a whole sequence at once, for scoring and training: policy alone or policy plus low-rank state."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops.scan import arrivals, gather_tokens, lowrank_attention, merge, sparse_attention
+from .policies import NEVER, Policy, simulate
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """What a policy did to a sequence; none of it depends on the kernels, so training computes it once.
+
+    `times` [B, Hkv, S] eviction times; `sparse` [B, Hq, S, Dv] attention over the kept tokens; `logsumexp` [B, Hq, S].
+    """
+
+    times: Tensor
+    sparse: Tensor
+    logsumexp: Tensor
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, scaling: float | None = None) -> Tensor:
+    """Causal softmax attention, [B, Hq, S, Dv]; padding (`real` [B, S] False) is attended by itself alone."""
+    mask = None
+    if real is not None and not bool(real.all()):
+        S = q.shape[2]
+        eye = torch.eye(S, dtype=torch.bool, device=q.device)
+        mask = (torch.ones(S, S, dtype=torch.bool, device=q.device).tril() & real[:, None, None]) | eye
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def evict(policy: Policy, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, scaling: float | None = None) -> Evicted:
+    """Run `policy` along q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] and attend what it keeps."""
+    B, _, S, D = k.shape
+    scaling = D**-0.5 if scaling is None else scaling
+    real = torch.ones(B, S, dtype=torch.bool, device=k.device) if real is None else real
+    times = simulate(policy, q, k, real, scaling)
+    sparse, logsumexp = sparse_attention(q, k, v, times, S if policy.budget is None else policy.budget, real, scaling)
+    return Evicted(times, sparse, logsumexp)
+
+
+def recover(evicted: Evicted, phi: Tensor, psi: Tensor, v: Tensor) -> Tensor:
+    """Add the low-rank state to the sparse attention: [B, Hq, S, Dv] (paper, eqs 3-5).
+
+    phi [B, Hq, S, R] and psi [B, Hkv, S, R] are the features of q and k in order of position, v [B, Hkv, S, Dv].
+    """
+    arrived = arrivals(evicted.times)
+    token = arrived.clamp(min=0)
+    dtype = evicted.sparse.dtype
+    arriving = gather_tokens(psi, token).to(dtype) * (arrived >= 0)[..., None]
+    numerator, denominator = lowrank_attention(phi.to(dtype), arriving, gather_tokens(v, token).to(dtype))
+    return merge(evicted.sparse, evicted.logsumexp, numerator, denominator)
+
+
+def less_attention(q: Tensor, k: Tensor, v: Tensor, policy: Policy, kernels=None, real: Tensor | None = None, scaling: float | None = None) -> Tensor:
+    """Attention [B, Hq, S, Dv] of a whole sequence under `policy`, with LESS where `kernels` (of this layer) are given.
+
+    Equals dense attention when the budget holds the whole sequence.
+    """
+    if policy.budget is None or policy.budget >= q.shape[2]:
+        return dense_attention(q, k, v, real, scaling)
+    evicted = evict(policy, q, k, v, real, scaling)
+    out = evicted.sparse if kernels is None else recover(evicted, kernels.phi(q), kernels.psi(k), v)
+    return out.to(v.dtype)
+
+
+def retained(times: Tensor) -> Tensor:
+    """How many tokens are kept before each query, [B, Hkv, S]: the memory curve of a policy, from its eviction times."""
+    S = times.shape[-1]
+    leaving = torch.zeros(*times.shape[:-1], S + 1, dtype=torch.int64, device=times.device)
+    leaving.scatter_add_(-1, times.long().clamp(max=S), (times < NEVER).long())
+    return torch.arange(S, device=times.device) - leaving[..., :S].cumsum(-1)

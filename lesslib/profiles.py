@@ -1,0 +1,54 @@
+"""Profiles: what a run of the notebooks uses. A notebook's parameters are `profile` and `seed`, no more."""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Settings of one profile; sizes in tokens, times in minutes on the hardware named in `where`."""
+
+    name: str
+    where: str
+    model: str = "pico-llama"
+    evaluation: tuple[str, ...] = ("topics-heldout",)  # corpora that perplexity is measured on
+    training: tuple[str, ...] = ("topics-train",)  # corpora that kernels are trained on, in equal shares
+    windows_per_document: int = 8  # evaluation windows, spread evenly over each document
+    max_windows: int = 64  # evaluation windows per corpus
+    batch: int = 8  # evaluation windows at once
+    # the recipe of kernel training: R, the width of the hidden layer, and the optimiser's settings
+    kernel_size: int = 8
+    hidden: int = 128
+    sequences: int = 96
+    validation: int = 8
+    epochs: int = 12
+    halve_every: int = 3
+    lr: float = 3e-3
+    dropout: float = 0.0
+    train_batch: int = 4
+    # what must be there before anything is computed
+    disk_gib: float = 1.0
+    gpu_gib: float = 0.0
+
+
+PROFILES = {
+    p.name: p
+    for p in (
+        Profile("smoke", "CPU, offline, 30 s a notebook", windows_per_document=2, max_windows=8, sequences=8, validation=4, epochs=4, halve_every=1),
+        Profile("tiny", "two CPU cores, offline, 15 min"),
+        Profile("wild", "two CPU cores, 60 min, $LESS_DATA or the hub", evaluation=("wikitext2", "books"), training=("c4",),
+                windows_per_document=12, max_windows=120, sequences=512, validation=16, epochs=8, halve_every=2, disk_gib=6.0),
+        Profile("paper", "one 80 GiB GPU, the hub, hours", model="meta-llama/Llama-2-7b-hf", evaluation=("wikitext2", "books"), training=("c4",),
+                windows_per_document=64, max_windows=10_000, batch=1, hidden=512, sequences=512, validation=32, epochs=40, halve_every=10,
+                lr=1e-3, dropout=0.3, train_batch=2, disk_gib=700.0, gpu_gib=70.0),
+    )
+}  # fmt: skip
+
+
+def get_profile(name: str | None = None) -> Profile:
+    """The profile called `name`, or the one that $LESS_PROFILE names, or `tiny`. Raises ValueError for any other name."""
+    name = name or os.environ.get("LESS_PROFILE") or "tiny"
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}: choose from {', '.join(PROFILES)}")
+    return PROFILES[name]
