@@ -2,20 +2,23 @@
 from __future__ import annotations
 
 import math
+import re
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from .data import Corpus, encode
+from .data import Corpus
 
 POSITION_BIN = 64
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens of one stretch of a document, led by the beginning-of-sequence token; `words` counts its words by whitespace."""
+    """Tokens of one stretch of a document, led by the beginning-of-sequence token; `words` begin in the tokens that are scored."""
 
     document: int
     ids: tuple[int, ...]
@@ -25,23 +28,31 @@ class Window:
 def evaluation_windows(corpus: Corpus, tokenizer, length: int, per_document: int, limit: int) -> list[Window]:
     """Non-overlapping windows of at most `length` tokens: up to `per_document` spread evenly over each document, up to `limit` in all.
 
-    Raises ValueError when no document fills one window.
+    Every token of a window is scored but its first, which is the beginning-of-sequence token where the tokenizer has one. A
+    word belongs to the window in which it begins, so windows that cover a document count each of its words once. Raises
+    ValueError when no document fills one window.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     step, windows, longest = length - len(bos), [], 0
     for number, document in enumerate(corpus.documents):
-        ids = encode(tokenizer, [document.text])[0][len(bos) :]
+        encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, begins = encoded["input_ids"], [begin for begin, _ in encoded["offset_mapping"]] + [len(document.text)]
+        words = [m.start() for m in re.finditer(r"\S+", document.text)]
         longest = max(longest, len(ids))
-        starts = list(range(0, len(ids), step))
-        chosen = np.unique(np.linspace(0, len(starts) - 1, min(per_document, len(starts))).round().astype(int))
-        for i in chosen:
-            part = ids[starts[i] : starts[i] + step]
-            if len(part) > 1:
-                windows.append(Window(number, tuple(bos + part), len(tokenizer.decode(part).split())))
+        starts = range(0, len(ids) - 1, step)  # a last window of one token is left out
+        for i in _spread(len(starts), per_document):
+            start, stop = starts[i], min(starts[i] + step, len(ids))
+            first = begins[start if bos else start + 1]
+            windows.append(Window(number, tuple(bos + ids[start:stop]), bisect_left(words, begins[stop]) - bisect_left(words, first)))
     if longest < step:
-        raise ValueError(f"corpus {corpus.name!r}: its longest document has {longest} tokens, fewer than one window of {length}; use longer documents")
-    keep = np.unique(np.linspace(0, len(windows) - 1, min(limit, len(windows))).round().astype(int))
-    return [windows[i] for i in keep]
+        fix = "use a corpus of longer documents"
+        raise ValueError(f"corpus {corpus.name!r}: its longest document has {longest} tokens, fewer than a window of {length}; {fix}")
+    return [windows[i] for i in _spread(len(windows), limit)]
+
+
+def _spread(n: int, count: int) -> list[int]:
+    """At most `count` of the indices 0..n-1, evenly spread, the first and the last among them."""
+    return np.linspace(0, n - 1, min(count, n)).round().astype(int).tolist()
 
 
 @torch.no_grad()
@@ -49,8 +60,9 @@ def perplexity(model, windows: list[Window], batch: int = 8) -> dict:
     """Score every window with `model`, whatever attention it runs under, and sum up.
 
     Returns token_ppl and word_ppl (exp of the total negative log-likelihood over tokens or words), log_ppl (nats a
-    token) with its standard error over documents, the totals, and the sums by document and by position that
-    `gap_closed` and the figures need. Longer windows first; shorter ones are padded on the right, which causal models ignore.
+    token) with its standard error over documents (None where there is only one), the totals, [nll, tokens] by document, and
+    the mean loss in nats by position, in bins of POSITION_BIN. Longer windows first; shorter ones are padded on the right,
+    which causal models ignore.
     """
     documents = sorted({w.document for w in windows})
     nll, tokens, words = (dict.fromkeys(documents, 0.0) for _ in range(3))
@@ -59,13 +71,11 @@ def perplexity(model, windows: list[Window], batch: int = 8) -> dict:
     order = sorted(windows, key=lambda w: -len(w.ids))
     for i in range(0, len(order), batch):
         rows = order[i : i + batch]
-        ids = torch.zeros(len(rows), len(rows[0].ids), dtype=torch.long)
-        for r, w in enumerate(rows):
-            ids[r, : len(w.ids)] = torch.tensor(w.ids)
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:].to(model.device), reduction="none").double().cpu().numpy()
+        ids = pad_sequence([torch.tensor(w.ids) for w in rows], batch_first=True).to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double().cpu().numpy()
         if not np.isfinite(loss).all():
-            raise FloatingPointError("the model's losses are not finite: check the weights' dtype")
+            raise FloatingPointError(f"losses are not finite in {model.dtype}: load the model in float32, or check its weights")
         for row, w in zip(loss, rows, strict=True):
             n = len(w.ids) - 1
             nll[w.document] += float(row[:n].sum())
@@ -77,8 +87,9 @@ def perplexity(model, windows: list[Window], batch: int = 8) -> dict:
     log_ppl = total / count
     spread = [nll[d] - log_ppl * tokens[d] for d in documents]
     n = len(documents)
-    error = math.sqrt(n / (n - 1) * sum(s * s for s in spread)) / count if n > 1 else 0.0
-    edges = range(0, longest - 1, POSITION_BIN)
+    error = math.sqrt(n / (n - 1) * sum(s * s for s in spread)) / count if n > 1 else None
+    bins = np.arange(0, longest - 1, POSITION_BIN)
+    by_position = np.add.reduceat(position_nll[:-1], bins) / np.add.reduceat(position_count[:-1], bins)
     return {
         "token_ppl": math.exp(log_ppl),
         "word_ppl": math.exp(total / max(1.0, sum(words.values()))),
@@ -88,17 +99,25 @@ def perplexity(model, windows: list[Window], batch: int = 8) -> dict:
         "words": int(sum(words.values())),
         "windows": len(windows),
         "by_document": [[round(nll[d], 4), int(tokens[d])] for d in documents],
-        "by_position": [round(float(position_nll[a : a + POSITION_BIN].sum() / position_count[a : a + POSITION_BIN].sum()), 5) for a in edges],
+        "by_position": by_position.round(5).tolist(),
     }
 
 
 def gap_closed(full: dict, baseline: dict, method: dict, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """The share of the gap in log perplexity between `baseline` and `full` that `method` closes, with a 95% interval.
 
-    The interval is a paired bootstrap over documents: every resample takes the same documents of all three.
+    The interval is a paired bootstrap over documents: every resample takes the same documents of all three. Raises
+    ValueError for results on other windows, or where the baseline loses nothing.
     """
-    sums = np.array([[row[0] for row in result["by_document"]] for result in (full, baseline, method)])
+    by_document = np.array([result["by_document"] for result in (full, baseline, method)])  # [3, documents, (nll, tokens)]
+    sums, tokens = by_document[..., 0], by_document[..., 1]
+    if (tokens != tokens[0]).any():
+        raise ValueError("the three results were not measured on the same windows: compute them again together")
+    if sums[0].sum() == sums[1].sum():
+        raise ValueError("the baseline loses nothing to the full cache, so there is no gap to close: use a smaller budget")
     draws = np.random.default_rng(seed).integers(0, sums.shape[1], (samples, sums.shape[1]))
-    share = lambda s: (s[1] - s[2]) / (s[1] - s[0])  # noqa: E731 (tokens are the same in all three and cancel)
-    low, high = np.quantile(share(sums[:, draws].sum(-1)), [0.025, 0.975])
-    return float(share(sums.sum(-1))), float(low), float(high)
+    totals = np.concatenate([sums.sum(1)[:, None], sums[:, draws].sum(2)], 1)  # of the data, then of the resamples
+    totals = totals[:, totals[0] != totals[1]]  # a resample of short documents alone may have no gap
+    share = (totals[1] - totals[2]) / (totals[1] - totals[0])
+    low, high = np.quantile(share[1:], [0.025, 0.975])
+    return float(share[0]), float(low), float(high)

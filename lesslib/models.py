@@ -1,16 +1,37 @@
 """The model zoo: pico models that the package carries, folders, hub names; and the kernels trained for them."""
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from .data import hub_reachable
 from .kernels import Kernels
+from .policies import get_policy
 
 ASSETS = Path(__file__).parent / "assets"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
+
+
+def keep_memory() -> bool:
+    """Keep freed memory in this process, where later buffers find it without new page faults; True where it took effect.
+
+    glibc maps every large buffer afresh and returns it when it is freed, which made training on CPU 1.15 to 1.4 times
+    slower. Silently does nothing where the C library has no `mallopt` (macOS, Windows, musl).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def carried_models() -> list[str]:
@@ -30,31 +51,60 @@ def _revision(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def load_model(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+@contextlib.contextmanager
+def _without_weights_bar() -> Iterator[None]:
+    """No "Loading weights" bar within the context; the bars of downloads stay."""
+
+    def hook(factory, args, kwargs):
+        return before(factory, args, kwargs) if before else factory(*args, **{**kwargs, "disable": True})
+
+    before = logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+def load_model(
+    name: str | os.PathLike, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a carried model, a local folder or a hub name, in evaluation mode.
 
-    Default device: the GPU when there is one; default dtype: float32 on CPU, bfloat16 on GPU. Raises ValueError for a
-    name that is none of the three or for weights that hold NaN, FileNotFoundError when the hub cannot be reached.
+    Default device: the GPU when there is one; default dtype: float32 on CPU, bfloat16 on GPU. Raises FileNotFoundError
+    where the hub cannot give the model, and ValueError for a name that is none of the three, for a folder that lacks a
+    tokenizer or whole weights, and for weights that hold NaN.
     """
+    name = os.fspath(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     folder = ASSETS / name if (ASSETS / name / "config.json").is_file() else Path(name)
     local = (folder / "config.json").is_file()
-    if not local and name.count("/") != 1:
-        raise ValueError(f"unknown model {name!r}: carried models are {', '.join(carried_models())}; else give a folder with config.json or a hub name such as meta-llama/Llama-2-7b-hf")
-    source = str(folder) if local else name
+    if not local and (folder.is_dir() or name.count("/") != 1):
+        raise ValueError(
+            f"unknown model {name!r}: carried models are {', '.join(carried_models())}; "
+            "else give a folder with config.json or a hub name such as meta-llama/Llama-2-7b-hf"
+        )
+    source, offline = str(folder) if local else name, local or not hub_reachable()
+    part = "tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=local)
-    except OSError as e:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        part = "weights"
+        with _without_weights_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=offline, output_loading_info=True)
+    except Exception as e:  # transformers raises OSError, ValueError, RuntimeError, JSONDecodeError and SafetensorError here
+        reason = f"its {part} could not be loaded ({type(e).__name__}: {(str(e).strip() or repr(e)).splitlines()[0]})"
         if local:
-            raise
-        raise FileNotFoundError(f"model {name!r} is not in the local hub cache and could not be fetched ({type(e).__name__}): log in with `hf auth login`, or give a folder") from e
+            raise ValueError(f"model {name!r}: {reason}; copy or save the folder {folder} again") from e
+        fix = "the hub cannot be reached: connect," if offline else "check the name, log in with `hf auth login` if it is gated,"
+        raise FileNotFoundError(f"model {name!r}: {reason}; {fix} or give a folder") from e
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would draw these at random and only log it
+        raise ValueError(f"model {name!r}: the weights lack {min(report['missing_keys'])}; copy or fetch them again")
     bad = next((n for n, p in model.named_parameters() if not p.isfinite().all()), None)
     if bad is not None:
         raise ValueError(f"model {name!r}: {bad} holds NaN or infinite weights; fetch or train it again")
     revision = _revision(folder) if local else str(getattr(model.config, "_commit_hash", None))
-    model.less_identity = {"model": folder.name if local else name, "revision": revision}
+    model.less_identity = {"model": folder.absolute().name if local else name, "revision": revision}
     return model.to(device).eval(), tokenizer
 
 
@@ -68,15 +118,20 @@ def load_kernels(model: str, policy: str, fraction: float, folder: str | os.Path
     """The kernels trained for `model` under `policy` at a budget of `fraction` of its context.
 
     `folder` is where `python -m lesslib.train --out` put them; without it, those that come with the package. Raises
-    FileNotFoundError naming what there is, ValueError for a damaged file or kernels of other weights than the carried model's.
+    FileNotFoundError naming what there is, and ValueError for an unknown policy, a damaged file or kernels of other
+    weights than the carried model's.
     """
+    policy = get_policy(policy).name
     path = kernel_path(model, policy, fraction, None if folder is None else Path(folder), seed)
     if not path.is_file():
         have = sorted(p.stem for p in path.parent.glob("*.safetensors"))
-        raise FileNotFoundError(f"no kernels {path.stem} for {model!r} in {path.parent}: there are {', '.join(have) or 'none'}; train them with python -m lesslib.train --model {model} --policy {policy} --fraction {fraction:g}")
+        raise FileNotFoundError(
+            f"no kernels {path.stem} for {model!r} in {path.parent}: there are {', '.join(have) or 'none'}; "
+            f"train them with python -m lesslib.train --model {model} --policy {policy} --fraction {fraction:g}"
+        )
     kernels = Kernels.load(path)
     if (ASSETS / model / "config.json").is_file():
-        revision = _revision(ASSETS / model)
-        if kernels.header.get("revision") != revision:
-            raise ValueError(f"{path.name} was trained for revision {kernels.header.get('revision')} of {model!r}, the package carries {revision}: train again")
+        made_for, revision = kernels.header.get("revision"), _revision(ASSETS / model)
+        if made_for != revision:
+            raise ValueError(f"{path.name} was trained for revision {made_for} of {model!r}, the package carries {revision}: train again")
     return kernels

@@ -17,7 +17,9 @@ class Profile:
     windows_per_document: int = 8  # evaluation windows, spread evenly over each document
     max_windows: int = 64  # evaluation windows per corpus
     batch: int = 8  # evaluation windows at once
+    fractions: tuple[float, ...] = (0.02, 0.05, 0.1)  # budgets, as shares of the model's context
     # the recipe of kernel training: R, the width of the hidden layer, and the optimiser's settings
+    quick: bool = False  # for tests: the kernels in the package, fewer points
     kernel_size: int = 8
     hidden: int = 128
     sequences: int = 96
@@ -35,13 +37,15 @@ class Profile:
 PROFILES = {
     p.name: p
     for p in (
-        Profile("smoke", "CPU, offline, 30 s a notebook", windows_per_document=2, max_windows=8, sequences=8, validation=4, epochs=4, halve_every=1),
+        Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=2, max_windows=8, fractions=(0.05,),
+                quick=True, sequences=24, validation=4, epochs=6, halve_every=2),
         Profile("tiny", "two CPU cores, offline, 15 min"),
         Profile("wild", "two CPU cores, 60 min, $LESS_DATA or the hub", evaluation=("wikitext2", "books"), training=("c4",),
                 windows_per_document=12, max_windows=120, sequences=512, validation=16, epochs=8, halve_every=2, disk_gib=6.0),
-        Profile("paper", "one 80 GiB GPU, the hub, hours", model="meta-llama/Llama-2-7b-hf", evaluation=("wikitext2", "books"), training=("c4",),
-                windows_per_document=64, max_windows=10_000, batch=1, hidden=512, sequences=512, validation=32, epochs=40, halve_every=10,
-                lr=1e-3, dropout=0.3, train_batch=2, disk_gib=700.0, gpu_gib=70.0),
+        Profile("paper", "one 80 GiB GPU, the hub, hours", model="meta-llama/Llama-2-7b-hf",
+                evaluation=("wikitext2", "books"), training=("c4",), windows_per_document=64, max_windows=10_000, batch=1,
+                hidden=512, sequences=512, validation=32, epochs=40, halve_every=10, lr=1e-3, dropout=0.3, train_batch=2,
+                disk_gib=700.0, gpu_gib=70.0),
     )
 }  # fmt: skip
 

@@ -48,8 +48,19 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
         raise OSError(e.errno, f"cannot write {path} ({e.strerror}): {fix}, or set LESS_RESULTS to another folder") from e
 
 
+def check_writable(folder: Path) -> None:
+    """Raises the OSError of `write_bytes`, before anything is computed, when `folder` cannot be written."""
+    write_bytes(folder / ".writable", b"?")
+    (folder / ".writable").unlink()
+
+
 def write_json(path: str | os.PathLike, obj: object) -> None:
-    write_bytes(path, (json.dumps(obj, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    """Write JSON by atomic rename. Raises ValueError for NaN and infinity, OSError as `write_bytes` does."""
+    try:
+        text = json.dumps(obj, indent=1, sort_keys=True, allow_nan=False)
+    except ValueError as e:
+        raise ValueError(f"{path} is left as it was: a new value is NaN or infinite ({e}); mend what computed it") from e
+    write_bytes(path, (text + "\n").encode())
 
 
 def write_torch(path: str | os.PathLike, obj: object) -> None:
@@ -64,11 +75,14 @@ def load(name: str, profile: str) -> dict | None:
     """The recorded file of experiment `name`, {"manifest": ..., "points": {key: entry}}, or None where there is none."""
     path = results_dir(profile) / f"{name}.json"
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict) or not isinstance(record.get("points"), dict):
+            raise ValueError("no points in it")
+        return record
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not JSON ({e}): restore it with git checkout, or delete it to compute it again") from e
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}): restore it with git checkout, or delete it to compute it again") from e
 
 
 # ---------------------------------------------------------------- where a result comes from
@@ -103,7 +117,7 @@ def manifest(profile: str, seed: int, data: list[dict], seconds: float) -> dict:
         "profile": profile, "seed": seed, "data": data, "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 1),
         "versions": {"python": platform.python_version(), "lesslib": __version__, **versions},
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_gib": round(memory, 1), "gpu": gpu},
+        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_gib": round(memory), "gpu": gpu},
     }  # fmt: skip
 
 
@@ -115,23 +129,29 @@ def cache_key(parameters: dict, seed: int, data: list[dict], version: int) -> st
 
 
 def sweep(
-    name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict], data: list[dict], version: int = 1
-) -> dict:
+    name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict],
+    data: Callable[[], list[dict]], version: int = 1,
+) -> dict:  # fmt: skip
     """Compute the points of experiment `name` that are not recorded yet, one `compute(**parameters)` each; returns the whole file.
 
     `points` maps a point's name to its parameters (JSON values). Every finished point is on disk before the next begins, so an
-    interrupted sweep resumes. `data` are corpus records (see `Corpus.record`) and others with a sha256. Recorded points count as done;
-    when $LESS_LEDGER names a file (as `python -m lesslib.run` does), only those do that this machine computed and noted there. With
-    $LESS_FROM_RESULTS set nothing is computed, and a point that is not recorded raises FileNotFoundError.
+    interrupted sweep resumes. `data()` gives corpus records (see `Corpus.record`) and others with a sha256. Recorded points count as
+    done; when $LESS_LEDGER names a file (as `python -m lesslib.run` does), only those do that this machine computed and noted there.
+    With $LESS_FROM_RESULTS set nothing is computed or loaded, and a point that is not recorded raises FileNotFoundError.
     """
     path, record = results_dir(profile) / f"{name}.json", load(name, profile) or {"points": {}}
+    if os.environ.get("LESS_FROM_RESULTS"):
+        if missing := [p for p in points if record["points"].get(p, {}).get("parameters") != points[p]]:
+            raise FileNotFoundError(f"{path} does not hold {', '.join(missing)}: run once without --from-results")
+        return record
+    data_records = data()
     ledger = Path(os.environ["LESS_LEDGER"]) if "LESS_LEDGER" in os.environ else None
     here = set(json.loads(ledger.read_text())) if ledger and ledger.is_file() else set()
-    keys = {point: cache_key(parameters, seed, data, version) for point, parameters in points.items()}
+    keys = {point: cache_key(parameters, seed, data_records, version) for point, parameters in points.items()}
     recorded = {p: record["points"][p] for p in points if record["points"].get(p, {}).get("cache_key") == keys[p]}
     done = {p: entry for p, entry in recorded.items() if ledger is None or f"{name}:{p}:{keys[p]}" in here}
-    if os.environ.get("LESS_FROM_RESULTS") and len(done) < len(points):
-        raise FileNotFoundError(f"{path} does not hold {', '.join(p for p in points if p not in done)}: run once without --from-results")
+    if len(done) < len(points):
+        check_writable(path.parent)
     times = {p: record["points"].get(p, {}).get("seconds") for p in points}
     for point in [p for p in points if p not in done]:
         left = [times[p] for p in points if p not in done]
@@ -142,7 +162,7 @@ def sweep(
             value = compute(**points[point])
         times[point] = round(time.time() - begun, 2)
         done[point] = {"parameters": points[point], "cache_key": keys[point], "seconds": times[point], **value}
-        stamp = manifest(profile, seed, data, sum(e["seconds"] for e in done.values()))
+        stamp = manifest(profile, seed, data_records, sum(e["seconds"] for e in done.values()))
         write_json(path, {"manifest": stamp, "points": {p: done.get(p) or recorded[p] for p in points if p in done or p in recorded}})
         if ledger is not None:
             here.add(f"{name}:{point}:{keys[point]}")

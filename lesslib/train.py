@@ -8,7 +8,9 @@ budget (paper, section 3.2), divided by the sparse policy's own: 1 is no better 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -21,11 +23,11 @@ from . import __version__
 from .data import load_corpus, training_windows
 from .hf import attention_modules, capture, model_shape, output_projection
 from .kernels import Kernels, LayerKernels
-from .models import kernel_path, load_model
-from .parallel import Evicted, dense_attention, evict, recover
-from .policies import Policy, budget_of, get_policy
+from .models import keep_memory, kernel_path, load_model
+from .parallel import Evicted, evict, recover
+from .policies import Policy, get_policy
 from .profiles import Profile, get_profile
-from .results import progress, write_torch
+from .results import progress, results_dir, write_torch
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,19 @@ class Recipe:
 
     @classmethod
     def of(cls, profile: Profile, **changes) -> Recipe:
-        p = profile
-        return replace(cls(p.kernel_size, p.hidden, p.epochs, p.halve_every, p.lr, p.dropout, p.train_batch), **changes)
+        names = ("kernel_size", "hidden", "epochs", "halve_every", "lr", "dropout")
+        return replace(cls(**{n: getattr(profile, n) for n in names}, batch=profile.train_batch), **changes)
+
+    def check(self) -> None:
+        """Raises ValueError naming a setting that cannot work."""
+        for name, value in asdict(self).items():
+            if not (0 <= value < 1 if name == "dropout" else value >= 0 if name == "seed" else value > 0):
+                raise ValueError(f"recipe {name}={value!r}: {'a share in [0, 1)' if name == 'dropout' else 'must be positive'}")
 
 
 @dataclass
 class LayerData:
-    """One layer's tensors over N sequences: q [N, Hq, S, D], k [N, Hkv, S, D], v [N, Hkv, S, Dv], out [N, Hq, S, Dv], and the logits' scaling."""
+    """One layer over N sequences: q [N, Hq, S, D], k [N, Hkv, S, D], v [N, Hkv, S, Dv], out [N, Hq, S, Dv], and the logits' scaling."""
 
     q: Tensor
     k: Tensor
@@ -58,7 +66,9 @@ class LayerData:
     scaling: float
 
 
-def capture_layers(model, windows: Tensor, layers: list[int], batch: int = 8, memory_gib: float = 8.0, folder: Path | None = None) -> dict[int, LayerData]:
+def capture_layers(
+    model, windows: Tensor, layers: list[int], batch: int = 8, memory_gib: float = 8.0, folder: Path | None = None
+) -> dict[int, LayerData]:
     """q, k, v after RoPE and dense attention outputs of `layers` over token `windows` [N, S], in ONE pass of the model.
 
     Kept in half precision (bfloat16 for a bfloat16 model). Beyond `memory_gib` they are files in `folder`, mapped into
@@ -68,8 +78,9 @@ def capture_layers(model, windows: Tensor, layers: list[int], batch: int = 8, me
     heads = {"q": shape["heads"], "k": shape["kv_heads"], "v": shape["kv_heads"], "out": shape["heads"]}
     dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
     need = len(layers) * N * S * shape["head_dim"] * sum(heads.values()) * dtype.itemsize
-    if need > memory_gib * 2**30 and folder is None:
-        raise ValueError(f"the captured layers take {need / 2**30:.1f} GiB, above memory_gib={memory_gib:g}: give a folder to stream them to")
+    if need > memory_gib * 2**30 and (folder is None or shutil.disk_usage(folder).free < need):
+        where = "give a folder to stream them to" if folder is None else f"free that much disk at {folder}, or use fewer sequences"
+        raise ValueError(f"the captured layers take {need / 2**30:.1f} GiB, above memory_gib={memory_gib:g}: {where}")
 
     def allocate(layer: int, name: str) -> Tensor:
         size = (N, heads[name], S, shape["head_dim"])
@@ -77,13 +88,15 @@ def capture_layers(model, windows: Tensor, layers: list[int], batch: int = 8, me
             return torch.empty(size, dtype=dtype)
         return torch.from_file(f"{folder}/{layer}-{name}.bin", shared=True, size=torch.Size(size).numel(), dtype=dtype).view(size)
 
-    data = {i: LayerData(*(allocate(i, name) for name in ("q", "k", "v", "out")), scaling=0.0) for i in layers}
+    data = {i: LayerData(allocate(i, "q"), allocate(i, "k"), allocate(i, "v"), allocate(i, "out"), scaling=0.0) for i in layers}
     rows = slice(0, 0)
 
     def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scaling: float) -> None:
         if layer in data:
             d = data[layer]
-            d.q[rows], d.k[rows], d.v[rows], d.out[rows], d.scaling = q.to("cpu", dtype), k.to("cpu", dtype), v.to("cpu", dtype), out.to("cpu", dtype), scaling
+            d.scaling = scaling
+            for into, x in ((d.q, q), (d.k, k), (d.v, v), (d.out, out)):
+                into[rows] = x.to("cpu", dtype)
 
     with capture(model, keep):
         for start in range(0, N, batch):
@@ -107,7 +120,8 @@ class LayerTrainer:
         self.times = torch.cat([p.times.cpu() for p in parts])
         self.sparse = torch.cat([p.sparse.to("cpu", data.q.dtype) for p in parts])
         self.logsumexp = torch.cat([p.logsumexp.cpu() for p in parts])
-        self.sparse_error = {rows: self._mean_error(lambda r: self.evicted(r).sparse, which, batch) for rows, which in (("train", self.train_rows), ("validation", self.validation_rows))}
+        sets = {"train": self.train_rows, "validation": self.validation_rows}
+        self.sparse_error = {name: self._mean_error(lambda r: self.evicted(r).sparse, rows, batch) for name, rows in sets.items()}
         self.plus_error = self._mean_error(lambda r: self._evict(policy.plus(plus), r).sparse, self.validation_rows, batch)
 
     def _load(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -119,7 +133,8 @@ class LayerTrainer:
         return evict(policy, q, k, v, scaling=self.data.scaling)
 
     def evicted(self, rows: Tensor) -> Evicted:
-        return Evicted(self.times[rows].to(self.device), self.sparse[rows].to(self.device, torch.float32), self.logsumexp[rows].to(self.device))
+        sparse = self.sparse[rows].to(self.device, torch.float32)
+        return Evicted(self.times[rows].to(self.device), sparse, self.logsumexp[rows].to(self.device))
 
     def error(self, out: Tensor, target: Tensor) -> Tensor:
         """Mean squared error after W_O at the positions past the budget; out, target [b, Hq, S, Dv]."""
@@ -171,29 +186,38 @@ class LayerTrainer:
                 progress(label, epoch + 1, recipe.epochs)
         kernels.load_state_dict(best_state)
         kernels.eval()
-        return {"train": train_curve, "validation": curve, "best": best, "baseline_plus": self.plus_error / self.sparse_error["validation"], "seconds": time.time() - begun}
+        plus = self.plus_error / self.sparse_error["validation"]
+        return {"train": train_curve, "validation": curve, "best": best, "baseline_plus": plus, "seconds": time.time() - begun}
 
 
-def train(model, policy: Policy, windows: Tensor, recipe: Recipe, path: Path, header: dict, validation: int = 8, memory_gib: float = 8.0) -> tuple[Kernels, dict]:
-    """Train and save the kernels of all layers; returns them and {layer: curves}.
+def train(
+    model, policy: Policy, windows: Tensor, recipe: Recipe, path: Path, header: dict, validation: int = 8, memory_gib: float = 8.0
+) -> tuple[Kernels, dict]:
+    """Train and save the kernels of all layers on token `windows` [N, S]; returns them and {layer: curves}.
 
     `path` is the checkpoint; every finished layer lies beside it in `<path>.parts/` until all are there, and a second call
-    skips those that were trained with the same recipe on the same windows.
+    skips those that were trained with the same recipe on the same windows. Raises ValueError before compute for a budget
+    that the windows never fill, a recipe that cannot work, or a damaged part.
     """
     shape = model_shape(model)
+    recipe.check()
     policy.check(shape["context"])
     if policy.budget is None or policy.budget >= windows.shape[1]:
-        raise ValueError(f"{policy}: windows of {windows.shape[1]} tokens never fill the budget, so nothing would be learnt; use a smaller budget or longer windows")
-    kernels = Kernels.new({k: shape[k] for k in ("layers", "heads", "kv_heads", "head_dim")}, recipe.kernel_size, recipe.hidden, recipe.dropout, recipe.seed)
-    kernels.header |= getattr(model, "less_identity", {}) | {"policy": policy.name, "budget": policy.budget, "recipe": asdict(recipe), "lesslib": __version__} | header
-    stamp = json.dumps([kernels.header, list(windows.shape), int(windows.sum())], sort_keys=True)
+        raise ValueError(f"{policy}: windows of {windows.shape[1]} tokens never fill the budget: use a smaller budget or longer windows")
+    kernels = Kernels.new(shape, recipe.kernel_size, recipe.hidden, recipe.dropout, recipe.seed)
+    identity = getattr(model, "less_identity", {})
+    kernels.header |= identity | {"policy": policy.name, "budget": policy.budget, "recipe": asdict(recipe), "lesslib": __version__} | header
+    stamp = json.dumps([kernels.header, hashlib.sha256(windows.numpy().tobytes()).hexdigest()], sort_keys=True)
     parts = path.with_name(path.name + ".parts")
     parts.mkdir(parents=True, exist_ok=True)
     curves: dict[str, dict] = {}
     for i in range(shape["layers"]):
         part = parts / f"layer-{i:03d}.pt"
         if part.exists():
-            state = torch.load(part, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(part, map_location="cpu", weights_only=True)
+            except Exception as e:
+                raise ValueError(f"{part} is damaged ({type(e).__name__}): delete it, and that layer is trained again") from e
             if state["stamp"] == stamp:
                 kernels[i].load_state_dict(state["weights"])
                 curves[str(i)] = state["curves"]
@@ -202,14 +226,72 @@ def train(model, policy: Policy, windows: Tensor, recipe: Recipe, path: Path, he
         with tempfile.TemporaryDirectory(dir=parts) as folder:
             data = capture_layers(model, windows, todo, memory_gib=memory_gib, folder=Path(folder))
             for n, i in enumerate(todo):
-                trainer = LayerTrainer(data.pop(i), policy, output_projection(attention_modules(model)[i]).weight.detach(), validation, plus=recipe.kernel_size // 2)
+                projection = output_projection(attention_modules(model)[i]).weight.detach()
+                trainer = LayerTrainer(data.pop(i), policy, projection, validation, plus=recipe.kernel_size // 2)
                 layer = kernels[i]
                 assert isinstance(layer, LayerKernels)
-                curves[str(i)] = trainer.fit(layer, recipe, f"{policy.name} {policy.budget} layer {i} ({n + 1}/{len(todo)})")
+                curves[str(i)] = trainer.fit(layer, recipe, f"{policy.name} {policy.budget}: layer {i} ({n + 1}/{len(todo)})")
                 write_torch(parts / f"layer-{i:03d}.pt", {"stamp": stamp, "weights": layer.cpu().state_dict(), "curves": curves[str(i)]})
     kernels.header["relative_error"] = {i: round(c["best"], 4) for i, c in curves.items()}
     kernels.save(path)
-    for part in parts.glob("layer-*.pt"):
-        part.unlink()
-    parts.rmdir()
+    shutil.rmtree(parts)
     return kernels.eval(), curves
+
+
+def train_for_profile(
+    profile: Profile, policy: str, fraction: float, path: Path, seed: int = 0, length: int | None = None,
+    memory_gib: float = 8.0, device: str | None = None,
+) -> dict:  # fmt: skip
+    """Train kernels for `policy` at `fraction` of the model's context with a profile's model, corpora and recipe; {layer: curves}.
+
+    `length` is in tokens a window (default: the context). Raises what `train`, `load_model` and `load_corpus` raise.
+    """
+    recipe = Recipe.of(profile, seed=seed)
+    recipe.check()
+    model, tokenizer = load_model(profile.model, device)
+    context = model_shape(model)["context"]
+    chosen, corpora = get_policy(policy).from_fraction(fraction, context), [load_corpus(name) for name in profile.training]
+    windows = training_windows(corpora, tokenizer, length or context, profile.sequences, seed)
+    header = {"fraction": fraction, "data": [c.record() for c in corpora], "sequences": len(windows), "length": windows.shape[1]}
+    return train(model, chosen, windows, recipe, path, header, profile.validation, memory_gib)[1]
+
+
+SETTINGS = {
+    "model": "carried model, folder or hub name", "training": "corpora to train on, in equal shares",
+    "sequences": "token windows, validation included", "validation": "windows held out to choose the best epoch",
+    "kernel_size": "R, the features of phi and psi", "hidden": "width of their hidden layer", "epochs": "passes over the windows",
+    "halve_every": "epochs after which the learning rate halves", "lr": "Adam's learning rate",
+    "dropout": "on the first pre-activation", "train_batch": "windows a step",
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(prog="python -m lesslib.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--policy", default="h2o", help="h2o, lambda or tova (default: %(default)s)")
+    p.add_argument("--fraction", type=float, default=0.05, help="budget as a share of the model's context (default: %(default)s)")
+    p.add_argument("--profile", help="the source of the defaults below (default: $LESS_PROFILE, else tiny)")
+    for name, what in SETTINGS.items():
+        default = getattr(Profile("", ""), name)
+        kind, many = (str, "+") if isinstance(default, tuple) else (type(default), None)
+        p.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs=many, help=what)
+    p.add_argument("--length", type=int, help="tokens a window (default: the model's context)")
+    p.add_argument("--seed", type=int, default=0, help="of windows, initial weights, order and dropout (default: %(default)s)")
+    p.add_argument("--memory-gib", type=float, default=8.0, help="captured tensors beyond this are streamed to disk (default: %(default)s)")
+    p.add_argument("--device", help="cpu, cuda, ... (default: the GPU when there is one)")
+    p.add_argument("--out", type=Path, help="folder for load_kernels(..., folder=...) (default: results/<profile>/kernels)")
+    a = p.parse_args(argv)
+    keep_memory()
+    try:
+        profile = get_profile(a.profile)
+        profile = replace(profile, **{n: getattr(a, n) for n in SETTINGS if getattr(a, n) is not None})
+        path = kernel_path(profile.model, a.policy, a.fraction, a.out or results_dir(profile.name) / "kernels", a.seed)
+        curves = train_for_profile(profile, a.policy, a.fraction, path, a.seed, a.length, a.memory_gib, a.device)
+    except (ValueError, TypeError, OSError) as e:
+        raise SystemExit(f"{p.prog}: {e}") from e
+    for layer, c in curves.items():
+        print(f"layer {layer}: {c['best']:.3f} of the sparse error is left (Baseline+ {c['baseline_plus']:.3f}), {c['seconds']:.0f} s")
+    print(f"saved {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,47 +50,37 @@ class Corpus:
 
 
 # ---------------------------------------------------------------- carried text: the reference prose in every CPython
-def _topic_groups() -> list[list[str]]:
-    """Topics of `pydoc_data` that share a paragraph stay together, so that no held-out text is also trained on."""
-    from pydoc_data import topics
-
-    group = {name: name for name in topics.topics}
-
-    def root(name: str) -> str:
-        while group[name] != name:
-            name = group[name]
-        return name
-
-    owner: dict[str, str] = {}
-    for name, text in sorted(topics.topics.items()):
-        for paragraph in re.split(r"\n\s*\n", text):
-            key = " ".join(paragraph.split())
-            if len(key) >= MIN_SHARED:
-                group[root(name)] = root(owner.setdefault(key, name))
-    groups: dict[str, list[str]] = {}
-    for name in sorted(topics.topics):
-        groups.setdefault(root(name), []).append(name)
-    return list(groups.values())
+def _paragraphs(text: str) -> dict[str, str]:
+    """Paragraphs of `text` by their words: two that differ in white space alone are one."""
+    found: dict[str, str] = {}
+    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
+        found.setdefault(" ".join(paragraph.split()), paragraph)
+    found.pop("", None)
+    return found
 
 
 def _topics(heldout: bool) -> Iterator[Document]:
-    """One document per group of overlapping topics: its longest topic, then whatever paragraphs the others add."""
+    """One document per group of `pydoc_data` topics: its longest topic, then whatever paragraphs the others add.
+
+    Topics that share a paragraph are one group, so that no held-out text is also trained on.
+    """
     from pydoc_data import topics
 
+    groups: list[tuple[set[str], set[str]]] = []  # names, long paragraphs
+    for name, text in topics.topics.items():
+        shared = {key for key in _paragraphs(text) if len(key) >= MIN_SHARED}
+        touching = [g for g in groups if g[1] & shared]
+        groups = [g for g in groups if not g[1] & shared]
+        groups.append(({name}.union(*(g[0] for g in touching)), shared.union(*(g[1] for g in touching))))
     texts = []
-    for names in _topic_groups():
-        seen: set[str] = set()
-        parts = []
+    for names, _ in groups:
+        parts: dict[str, str] = {}
         for name in sorted(names, key=lambda n: (-len(topics.topics[n]), n)):
-            for paragraph in re.split(r"\n\s*\n", topics.topics[name].strip("\n")):
-                key = " ".join(paragraph.split())
-                if key and key not in seen:
-                    seen.add(key)
-                    parts.append(paragraph)
-        texts.append(Document("+".join(names), "\n\n".join(parts) + "\n"))
+            parts = parts | {key: p for key, p in _paragraphs(topics.topics[name]).items() if key not in parts}
+        texts.append(Document("+".join(sorted(names)), "\n\n".join(parts.values()) + "\n"))
     # held-out groups: in the order of a hash of their name, until they make up their share; the largest group trains
     total, taken = sum(len(d.text) for d in texts), 0
-    largest = max(texts, key=lambda d: len(d.text)).title
+    largest = max(texts, key=lambda d: (len(d.text), d.title)).title
     for d in sorted(texts, key=lambda d: hashlib.sha256(d.title.encode()).hexdigest()):
         out = d.title != largest and taken + len(d.text) <= HELDOUT_SHARE * total
         taken += len(d.text) if out else 0
@@ -100,9 +91,16 @@ def _topics(heldout: bool) -> Iterator[Document]:
 # ---------------------------------------------------------------- files of $LESS_DATA, and the hub in their place
 def _jsonl(path: Path) -> Iterator[Document]:
     with gzip.open(path, "rt", encoding="utf-8") as f:
-        for i, line in enumerate(f):
-            row = json.loads(line)
-            yield Document(row.get("title") or f"{path.name}:{i}", row["text"])
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as e:
+                raise ValueError(f"line {number} is not JSON: {e}") from e
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ValueError(f'line {number} has no "text"')
+            yield Document(str(row.get("title") or f"{path.name}:{number}"), row["text"])
 
 
 def _articles(text: str) -> Iterator[Document]:
@@ -149,6 +147,17 @@ SOURCES: dict[str, Source] = {
 }
 
 
+def hub_reachable() -> bool:
+    """Whether the hub answers within five seconds; False with HF_HUB_OFFLINE. Its own client retries for most of a minute."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of httpx, or of the hub's client when it is told to stay offline
+        return False
+    return True
+
+
 def missing(name: str) -> str | None:
     """Why corpus `name` cannot be read here, with the fix; None when it can be (or the hub may be asked)."""
     if name not in SOURCES:
@@ -157,36 +166,42 @@ def missing(name: str) -> str | None:
     if source.carried is not None:
         return None
     folder = os.environ.get("LESS_DATA")
-    if folder:
-        path = Path(folder) / str(source.file)
-        return None if path.is_file() else f"corpus {name!r}: {source.file} is not in $LESS_DATA={folder}; put it there, or unset LESS_DATA to use the hub"
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return f"corpus {name!r} needs $LESS_DATA (a folder with {source.file}) or the hub, and HF_HUB_OFFLINE is set"
+    if folder and not (Path(folder) / str(source.file)).is_file():
+        return f"corpus {name!r}: {source.file} is not in $LESS_DATA={folder}; put it there, or unset LESS_DATA to use the hub"
+    if not folder and not hub_reachable():
+        return f"corpus {name!r}: the hub cannot be reached; set LESS_DATA to a folder with {source.file}, or connect"
     return None
 
 
 def load_corpus(name: str) -> Corpus:
     """Load corpus `name` from the package, from `$LESS_DATA`, or from the hub.
 
-    Raises ValueError for an unknown name, FileNotFoundError where the text is not to be had, ValueError if it is empty.
+    Raises ValueError for an unknown name and for a file that is damaged or empty, FileNotFoundError where the text is not
+    to be had; both name the file and what to do.
     """
     if (why := missing(name)) is not None:
         raise (FileNotFoundError if name in SOURCES else ValueError)(why)
-    source = SOURCES[name]
-    folder = os.environ.get("LESS_DATA")
+    source, folder = SOURCES[name], os.environ.get("LESS_DATA")
     if source.carried is not None:
-        origin, found = "carried", tuple(source.carried())
+        origin, where, found = "carried", "pydoc_data.topics", tuple(source.carried())
     elif folder:
-        origin, found = "folder", tuple(source.read(Path(folder) / str(source.file)))
+        origin, path = "folder", Path(folder) / str(source.file)
+        where = str(path)
+        try:
+            found = tuple(source.read(path))
+        except (OSError, EOFError, zlib.error, ValueError) as e:  # not gzip, cut short, damaged inside, not UTF-8 or not JSON
+            raise ValueError(f"corpus {name!r}: {path} is damaged ({e}); copy it again, or unset LESS_DATA to use the hub") from e
     else:
         assert source.hub is not None
+        origin, where = "hub", "the hub's rows"
         try:
-            origin, found = "hub", tuple(source.hub())
+            found = tuple(source.hub())
         except Exception as e:
-            raise FileNotFoundError(f"corpus {name!r} could not be fetched from the hub ({type(e).__name__}: {e}); set LESS_DATA to a folder with {source.file}") from e
+            what = f"corpus {name!r} could not be fetched from the hub ({type(e).__name__}: {e})"
+            raise FileNotFoundError(f"{what}; set LESS_DATA to a folder with {source.file}") from e
     found = tuple(d for d in found if d.text.strip())
     if not found:
-        raise ValueError(f"corpus {name!r} ({origin}) is empty: check {source.file or 'pydoc_data.topics'}")
+        raise ValueError(f"corpus {name!r}: {where} holds no text; put a whole copy there")
     return Corpus(name, origin, found)
 
 
@@ -211,13 +226,15 @@ def training_windows(corpora: list[Corpus], tokenizer, length: int, count: int, 
         random.Random(seed).shuffle(documents)
         stream: list[int] = []
         for d in documents:
-            stream += encode(tokenizer, [d.text])[0]
+            ids = encode(tokenizer, [d.text])[0]
+            stream += ids if len(stream) % step else ids[len(bos) :]  # a window brings its own first token
             if len(stream) >= share * step:
                 break
         if len(stream) < step:
-            raise ValueError(f"corpus {corpus.name!r} holds {len(stream)} tokens, fewer than one window of {length}")
+            raise ValueError(f"corpus {corpus.name!r} holds {len(stream)} tokens, fewer than one window of {length}: use a longer text")
         rows += [bos + stream[i : i + step] for i in range(0, min(len(stream) - step + 1, share * step), step)]
     if len(rows) < count:
-        raise ValueError(f"{'+'.join(c.name for c in corpora)} hold {len(rows)} windows of {length} tokens, {count} were asked for: ask for fewer sequences")
+        names = "+".join(c.name for c in corpora)
+        raise ValueError(f"{names}: {len(rows)} windows of {length} tokens to be had, {count} asked for; ask for fewer sequences")
     random.Random(seed).shuffle(rows)
     return torch.tensor(rows[:count])

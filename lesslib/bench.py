@@ -1,0 +1,147 @@
+"""Benchmarks that print ratios: `python -m lesslib.bench --help`. Here: seconds and memory of one epoch of kernel training.
+
+`ours` trains from eviction times, sparse outputs and targets that were computed once. `stepwise` is the scheme of the
+authors' code, written from its description: at every step it rebuilds the dense weights, the policy's mask token by token
+and the S x S weights of the low-rank part. Both take the same tensors, kernels, batches and optimiser.
+"""
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .data import load_corpus, training_windows
+from .hf import attention_modules, model_shape, output_projection
+from .kernels import Kernels, LayerKernels
+from .models import keep_memory, load_model
+from .policies import H2O, budget_of
+from .train import LayerTrainer, Recipe, capture_layers
+
+SCHEMES = ("ours", "stepwise")
+
+
+@torch.no_grad()
+def stepwise_mask(logits: Tensor, policy: H2O) -> Tensor:
+    """H2O's kept set, [B, H, S, S], one query after the other from dense causal `logits`: the `heavy` best scores and the newest tokens."""
+    S, rows = logits.shape[-1], []
+    score = logits[:, :, : policy.budget].softmax(-1).sum(2)
+    for t in range(policy.budget, S):
+        heaviest = score[..., : t - policy.recent].topk(policy.heavy, -1).indices
+        keep = torch.zeros_like(score, dtype=torch.bool).scatter(-1, heaviest, True)
+        keep[..., t - policy.recent : t + 1] = True
+        score = (score + logits[:, :, t].softmax(-1)) * keep
+        rows.append(keep)
+    first = torch.ones(policy.budget, S, dtype=torch.bool, device=logits.device).tril()
+    return torch.cat([first.expand(*logits.shape[:2], -1, -1), torch.stack(rows, 2)], 2)
+
+
+def stepwise_attention(q: Tensor, k: Tensor, v: Tensor, policy: H2O, phi: Tensor, psi: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """(LESS, dense attention), each [B, H, S, Dv], through S x S weights; H2O scores by rows of dense attention.
+
+    q, k [B, H, S, D], v [B, H, S, Dv], phi, psi [B, H, S, R]; as many key-value heads as query heads.
+    """
+    lowest, tiny = torch.finfo(q.dtype).min, torch.finfo(q.dtype).tiny
+    causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    logits = torch.where(causal, q @ k.transpose(-1, -2) * scaling, lowest)
+    target = logits.softmax(-1) @ v
+    keep = stepwise_mask(logits, policy)
+    sparse, evicted = torch.where(keep, logits, lowest), causal & ~keep
+    features = (phi @ psi.transpose(-1, -2)) * evicted
+    total = torch.logaddexp(features.sum(-1, keepdim=True).clamp(min=tiny).log(), sparse.logsumexp(-1, keepdim=True))
+    weights = (torch.where(evicted, features.clamp(min=tiny).log(), sparse) - total).exp()
+    return weights @ v, target
+
+
+def peak_memory(reset: bool = False) -> float | None:
+    """The most MiB that this process held at once since the last reset; None where the system is not Linux."""
+    try:
+        if reset:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+        return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    except (OSError, AttributeError):
+        return None
+
+
+def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Recipe, model_name: str = "pico-llama") -> dict:
+    """Train layer 0 for one epoch of `sequences` windows of `length` tokens; seconds, the part done once, and peak memory in MiB.
+
+    Peak memory is the process's high-water mark above what it held before, so run each case in a process of its own (`measure`).
+    """
+    model, tokenizer = load_model(model_name, "cpu")
+    windows = training_windows([load_corpus("topics-train")], tokenizer, length, sequences, recipe.seed)
+    data = capture_layers(model, windows, [0])[0]
+    policy = H2O.from_budget(budget_of(fraction, length))
+    layer = Kernels.new({**model_shape(model), "layers": 1}, recipe.kernel_size, recipe.hidden, recipe.dropout, recipe.seed)[0]
+    assert isinstance(layer, LayerKernels)
+    projection = output_projection(attention_modules(model)[0]).weight.detach()
+    optimizer, held = torch.optim.Adam(layer.parameters(), lr=recipe.lr), peak_memory(reset=True)
+    begun = time.perf_counter()
+    trainer = LayerTrainer(data, policy, projection, validation=1, batch=recipe.batch) if scheme == "ours" else None
+    once = time.perf_counter() - begun
+
+    def step(rows: Tensor) -> float:
+        if trainer is not None:
+            loss = trainer.error(*trainer.output(layer, rows))
+        else:
+            q, k, v = (x[rows].float() for x in (data.q, data.k, data.v))
+            out, target = stepwise_attention(q, k, v, policy, layer.phi(q), layer.psi(k), data.scaling)
+            past = (out - target)[:, :, policy.budget :].transpose(1, 2).flatten(2)
+            loss = (past @ projection.T).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    batches = torch.arange(sequences).split(recipe.batch)
+    first = step(batches[0])  # warm-up: allocator and thread pool
+    begun = time.perf_counter()
+    for rows in batches:
+        step(rows)
+    seconds = time.perf_counter() - begun
+    peak = None if held is None else round((peak_memory() or held) - held, 1)
+    return {"seconds_epoch": round(seconds, 4), "seconds_once": round(once, 4), "peak_mib": peak, "first_loss": first}
+
+
+def measure(scheme: str, length: int, sequences: int, fraction: float, **recipe) -> dict:
+    """`epoch` in a fresh process, so that its peak memory is its own."""
+    request = json.dumps({"scheme": scheme, "length": length, "sequences": sequences, "fraction": fraction, "recipe": recipe})
+    done = subprocess.run([sys.executable, "-m", "lesslib.bench", "--one", request], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"benchmark {request} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(prog="python -m lesslib.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens a window (default: %(default)s)")
+    p.add_argument("--sequences", type=int, default=8, help="windows an epoch (default: %(default)s)")
+    p.add_argument("--fraction", type=float, default=0.05, help="H2O's budget as a share of the window (default: %(default)s)")
+    p.add_argument("--hidden", type=int, default=128, help="width of the kernels' hidden layer (default: %(default)s)")
+    p.add_argument("--dropout", type=float, default=0.0, help="on the first pre-activation (default: %(default)s)")
+    p.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)
+    a = p.parse_args(argv)
+    if a.one:
+        keep_memory()
+        request = json.loads(a.one)
+        print(json.dumps(epoch(**{**request, "recipe": Recipe(**request["recipe"])})))
+        return
+    print(f"{'tokens':>6} {'scheme':>9} {'s/epoch':>9} {'once s':>7} {'peak MiB':>9} {'times slower than ours':>23}")
+    for length in a.lengths:
+        ours = 0.0
+        for scheme in SCHEMES:
+            r = measure(scheme, length, a.sequences, a.fraction, hidden=a.hidden, dropout=a.dropout)
+            ours = ours or r["seconds_epoch"]
+            once, seconds = r["seconds_once"], r["seconds_epoch"]
+            print(f"{length:6d} {scheme:>9} {seconds:9.3f} {once:7.2f} {r['peak_mib'] or 0:9.0f} {seconds / ours:23.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Claims of the paper as functions from recorded results to verdicts: what holds here, what fails, and by which numbers."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .evaluate import gap_closed
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim, whether the recorded numbers bear it out, and those numbers."""
+
+    claim: str
+    holds: bool
+    numbers: str
+
+    def __str__(self) -> str:
+        return f"{'holds' if self.holds else 'FAILS'}: {self.claim}"
+
+
+def by_cell(points: dict[str, dict]) -> list[tuple[tuple[str, str, str], dict]]:
+    """((corpus, budget or policy, method), point) of every perplexity in a record; Full has no budget."""
+    parts = [(name.split("/"), point) for name, point in points.items()]
+    return [((n[0], n[1] if len(n) == 3 else "", n[-1]), point) for n, point in parts]
+
+
+def shares(points: dict[str, dict]) -> dict[tuple[str, str, str], tuple[str, str]]:
+    """(share of the gap between Baseline and Full that is closed, its 95% interval) for every other method of a record."""
+    found = {}
+    for (corpus, cell, method), point in by_cell(points):
+        if method not in ("Full", "Baseline"):
+            share, low, high = gap_closed(points[f"{corpus}/Full"], points[f"{corpus}/{cell}/Baseline"], point)
+            found[corpus, cell, method] = (f"{share:.1%}", f"{low:.1%} to {high:.1%}")
+    return found
+
+
+def perplexity_table(full: dict, rows: dict[str, dict], method: str, label: str) -> list[Verdict]:
+    """What Tables 2, 3 and 7 claim for one corpus, policy and budget; `rows` are points by method, `method` a row of LESS."""
+    ppl = {m: r["token_ppl"] for m, r in rows.items()}
+    found = []
+    for row in (method, "Performer"):
+        if row in rows:
+            share, low, high = gap_closed(full, rows["Baseline"], rows[row])
+            wins, numbers = ppl[row] < ppl["Baseline+"], f"{ppl[row]:.2f} against {ppl['Baseline+']:.2f}"
+            closed = f"{share:.1%} [{low:.1%}, {high:.1%}]"
+            if row == method:
+                found += [Verdict(f"{label}: {row} closes at least half of the gap between Baseline and Full", share >= 0.5, closed),
+                          Verdict(f"{label}: {row} has lower perplexity than Baseline+", wins, numbers)]  # fmt: skip
+            else:
+                found += [Verdict(f"{label}: Performer closes less than half of that gap", share < 0.5, closed),
+                          Verdict(f"{label}: Performer does not beat Baseline+", not wins, numbers)]  # fmt: skip
+    return found
+
+
+def language_modeling(record: dict, corpora: Iterable[str], fractions: Iterable[float]) -> list[Verdict]:
+    """Table 2: every budget with the kernels trained at it, and what kernels trained at the largest do at the smallest."""
+    found, points, fractions = [], record["points"], sorted(fractions)
+    for corpus in corpora:
+        cell = lambda f: {m: p for (c, b, m), p in by_cell(points) if (c, b) == (corpus, f"{f:.0%}")}  # noqa: B023, E731
+        for f in fractions:
+            found += perplexity_table(points[f"{corpus}/Full"], cell(f), f"LESS ({f:.0%})", f"{corpus}, H2O at {f:.0%}")
+        tight, own, other = cell(fractions[0]), f"LESS ({fractions[0]:.0%})", f"LESS ({fractions[-1]:.0%})"
+        if own != other:
+            a, b = tight[own]["token_ppl"], tight[other]["token_ppl"]
+            claim = f"{corpus}: at {fractions[0]:.0%}, kernels trained at {fractions[-1]:.0%} do worse than those trained at it"
+            found.append(Verdict(claim, b > a, f"{b:.2f} against {a:.2f}"))
+    return found
+
+
+def directions(record: dict, share: float) -> dict[str, tuple[int, int]]:
+    """Per layer, singular directions that hold `share` of the energy of (attention outputs, their top-k residual)."""
+
+    def count(values: list[float]) -> int:
+        energy = [x * x for x in values]
+        return next(n for n in range(1, len(energy) + 1) if sum(energy[:n]) >= share * sum(energy))
+
+    layers = record["points"]["singular values"]["layers"]
+    return {i: (count(values["full"]), count(values["residual"])) for i, values in layers.items()}
+
+
+def low_rank_residuals(record: dict) -> list[Verdict]:
+    """Figure 3: both halves."""
+    points, counts = record["points"], directions(record, 0.9)
+    ppl = {(p["parameters"]["fraction"], p["parameters"].get("rank")): p["token_ppl"] for p in points.values() if "token_ppl" in p}
+    full = ppl[1.0, None]
+    layers = points["singular values"]["layers"]
+    beyond = {i: sum(x * x for x in v["residual"][4:]) / sum(x * x for x in v["full"]) for i, v in layers.items()}
+    found = [
+        Verdict("in every layer the top-12.5% residual needs fewer directions for 90% of its energy than the outputs do",
+                all(r < f for f, r in counts.values()), ", ".join(f"layer {i}: {r} against {f}" for i, (f, r) in counts.items())),
+        Verdict("in every layer the residual beyond rank 4 holds less than 5% of the outputs' energy",
+                max(beyond.values()) < 0.05, ", ".join(f"layer {i}: {b:.1%}" for i, b in beyond.items())),
+    ]  # fmt: skip
+    for fraction in sorted({f for f, rank in ppl if rank is not None}):
+        closed = (ppl[fraction, 0] - ppl[fraction, 4]) / (ppl[fraction, 0] - full)
+        numbers = f"{ppl[fraction, 0]:.2f} -> {ppl[fraction, 4]:.2f}, full {full:.2f}: {closed:.0%}"
+        claim = f"rank 4 takes back at least half of the perplexity that top-{fraction:.1%} caching loses"
+        found.append(Verdict(claim, closed >= 0.5, numbers))
+    return found
+
+
+def training_kernels(record: dict) -> list[Verdict]:
+    """Section 3.2: training works in every layer, and beats more tokens."""
+    curves = {f"{name}, layer {i}": c for name, p in record["points"].items() for i, c in p["layers"].items()}
+    worst = max(curves, key=lambda n: curves[n]["best"])
+    plus = [n for n, c in curves.items() if c["best"] >= c["baseline_plus"]]
+    return [
+        Verdict("trained kernels leave less error than eviction alone in every layer", curves[worst]["best"] < 1.0,
+                f"at most {curves[worst]['best']:.1%} of it ({worst})"),
+        Verdict("and less than Baseline+ does", not plus, f"in {len(curves) - len(plus)} of {len(curves)} cases"),
+    ]  # fmt: skip
+
+
+def training_speed(record: dict) -> list[Verdict]:
+    """Seconds an epoch against the step-by-step scheme, and the growth of peak memory with the length."""
+    case = {(p["parameters"]["scheme"], p["parameters"]["length"]): p for p in record["points"].values()}
+    ratio = {n: case["stepwise", n]["seconds_epoch"] / case["ours", n]["seconds_epoch"] for scheme, n in case if scheme == "stepwise"}
+    found = []
+    if {1024, 2048} <= set(ratio):
+        numbers = ", ".join(f"{r:.0f}x at {n}" for n, r in sorted(ratio.items()))
+        found = [Verdict("an epoch takes at least 25 times fewer seconds at 1,024 tokens", ratio[1024] >= 25, numbers),
+                 Verdict("and the ratio is larger at 2,048", ratio[2048] > ratio[1024], numbers)]  # fmt: skip
+        memory = [case["ours", n]["peak_mib"] for n in (1024, 2048, 4096)]
+        growth = " -> ".join(f"{m:.0f}" for m in memory) + " MiB at 1,024, 2,048 and 4,096 tokens"
+        linear = memory[2] <= 2.2 * memory[1] and memory[1] <= 2.2 * memory[0]
+        found.append(Verdict("peak memory grows linearly: at most 2.2 times per doubling", linear, growth))
+    return found

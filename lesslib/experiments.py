@@ -1,0 +1,219 @@
+"""One function per table or figure: a profile and a seed in, a recorded result out.
+
+Every function names its points and lets `results.sweep` compute those that are missing; `claims` decides what they show.
+"""
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from .bench import measure
+from .data import load_corpus, training_windows
+from .evaluate import Window, evaluation_windows, perplexity
+from .hf import attention_modules, less, model_shape, output_projection, replace_attention
+from .kernels import Kernels, LayerKernels
+from .models import kernel_path, load_kernels, load_model
+from .policies import Full, Policy, budget_of, get_policy
+from .profiles import get_profile
+from .results import results_dir, sweep
+from .train import LayerTrainer, Recipe, capture_layers, train_for_profile
+
+POLICY_FRACTION = 0.05  # of Tables 3 and 7
+model_of = functools.lru_cache(maxsize=1)(load_model)
+
+
+@functools.lru_cache(maxsize=4)
+def windows_of(profile: str, corpus: str) -> list[Window]:
+    """The evaluation windows of a profile, one context long."""
+    p = get_profile(profile)
+    model, tokenizer = model_of(p.model)
+    return evaluation_windows(load_corpus(corpus), tokenizer, model_shape(model)["context"], p.windows_per_document, p.max_windows)
+
+
+def identity(profile: str, *corpora: str) -> list[dict]:
+    """What every result depends on beside its parameters: corpora, the model's weights, the profile's settings."""
+    p = get_profile(profile)
+    settings = hashlib.sha256(json.dumps(asdict(p), sort_keys=True).encode()).hexdigest()
+    model: dict = vars(model_of(p.model)[0])["less_identity"]
+    return [load_corpus(c).record() for c in corpora] + [
+        {"name": f"model {model['model']}", "sha256": model["revision"]}, {"name": f"profile {profile}", "sha256": settings},
+    ]  # fmt: skip
+
+
+def kernels_for(profile: str, policy: str, fraction: float, seed: int = 0, carried: bool = False) -> Kernels:
+    """The kernels that a profile's experiments use: those notebook 02 trained under it, or the package's own (the tour, `smoke`)."""
+    p = get_profile(profile)
+    if p.quick or carried:
+        return load_kernels(p.model, policy, fraction)
+    return load_kernels(p.model, policy, fraction, results_dir(profile) / "kernels", seed)
+
+
+# ---------------------------------------------------------------- Table 2, Table 7, Table 3's first column: perplexity
+def score(
+    profile: str, seed: int, corpus: str, method: str, policy: str = "h2o", fraction: float = 1.0, carried: bool = False
+) -> dict:
+    """Perplexity on `corpus` of one method: Full, Baseline, Baseline+, Performer, or LESS (p%) with kernels trained at p%."""
+    p = get_profile(profile)
+    model = model_of(p.model)[0]
+    shape = model_shape(model)
+    kernels: Kernels | None = None
+    chosen: Policy = Full()
+    if method != "Full":
+        chosen = get_policy(policy).from_fraction(fraction, shape["context"])
+    if method == "Baseline+":
+        chosen = chosen.plus(p.kernel_size // 2)
+    elif method == "Performer":
+        kernels = Kernels.performer(shape, p.kernel_size, seed)
+    elif method.startswith("LESS"):
+        kernels = kernels_for(profile, policy, float(method[6:-2]) / 100, seed, carried)
+    with less(model, chosen, kernels, mode="parallel"):
+        return perplexity(model, windows_of(profile, corpus), p.batch)
+
+
+def _perplexities(name: str, profile: str, seed: int, points: dict[str, dict]) -> dict:
+    corpora = sorted({p["corpus"] for p in points.values()})
+    return sweep(name, profile, seed, points, functools.partial(score, profile, seed), lambda: identity(profile, *corpora))
+
+
+def trained_at(fraction: float) -> str:
+    return f"LESS ({fraction * 100:g}%)"
+
+
+def tour(profile: str, seed: int = 0) -> dict:
+    """The effect in four rows, with the kernels that the package carries: H2O at 5% of the context."""
+    corpus = get_profile(profile).evaluation[0]
+    where = {"corpus": corpus, "fraction": POLICY_FRACTION, "carried": True}
+    methods = ("Full", "Baseline", "Baseline+", trained_at(POLICY_FRACTION))
+    return _perplexities("tour", profile, seed, {f"{corpus}/5%/{m}": where | {"method": m} for m in methods})
+
+
+def language_modeling(profile: str, seed: int = 0) -> dict:
+    """Table 2: H2O at several budgets; all methods, and LESS trained at each budget and tested at every one."""
+    p = get_profile(profile)
+    points: dict[str, dict] = {}
+    for corpus in p.evaluation:
+        points[f"{corpus}/Full"] = {"corpus": corpus, "method": "Full"}
+        for fraction in p.fractions:
+            for method in ("Baseline", "Baseline+", "Performer", *map(trained_at, p.fractions)):
+                points[f"{corpus}/{fraction:.0%}/{method}"] = {"corpus": corpus, "method": method, "fraction": fraction}
+    return _perplexities("language_modeling", profile, seed, points)
+
+
+def sparse_policies(profile: str, seed: int = 0) -> dict:
+    """Table 7 and the first column of Table 3: Lambda and TOVA at 5%; Full and H2O stand in `language_modeling`."""
+    points = {}
+    for corpus in get_profile(profile).evaluation:
+        for policy in ("lambda", "tova"):
+            for method in ("Baseline", "Baseline+", trained_at(POLICY_FRACTION)):
+                where = {"corpus": corpus, "method": method, "policy": policy, "fraction": POLICY_FRACTION}
+                points[f"{corpus}/{policy}/{method}"] = where
+    return _perplexities("sparse_policies", profile, seed, points)
+
+
+# ---------------------------------------------------------------- training: the kernels of a profile, its recipe, its speed
+def training_kernels(profile: str, seed: int = 0) -> dict:
+    """Train every set of kernels that the profile's tables use; curves of LESS and Baseline+ by layer."""
+    p = get_profile(profile)
+    sets = [("h2o", f) for f in p.fractions] + ([] if p.quick else [("lambda", POLICY_FRACTION), ("tova", POLICY_FRACTION)])
+
+    def compute(policy: str, fraction: float) -> dict:
+        path = kernel_path(p.model, policy, fraction, results_dir(profile) / "kernels", seed)
+        return {"layers": train_for_profile(p, policy, fraction, path, seed)}
+
+    points = {f"{policy} {fraction:.0%}": {"policy": policy, "fraction": fraction} for policy, fraction in sets}
+    return sweep("training_kernels", profile, seed, points, compute, lambda: identity(profile, *p.training))
+
+
+def recipes(profile: str, seed: int = 0) -> dict:
+    """The ablation behind the small profiles' recipe: one setting changed at a time, H2O at 2%, error left in each layer."""
+    p = get_profile(profile)
+    fraction = min(p.fractions)
+    base = asdict(Recipe.of(p, seed=seed))
+    changes = {"lr": (1e-3, 3e-3, 1e-2), "dropout": (0.0, 0.3), "hidden": (32, 128, 512), "batch": (2, 4, 8)}
+    points = {"this profile": base}
+    for name, values in ({"lr": (1e-3,)} if p.quick else changes).items():
+        points |= {f"{name} {value:g}": base | {name: value} for value in values if value != base[name]}
+
+    @functools.cache
+    def trainers() -> dict[int, LayerTrainer]:
+        model, tokenizer = model_of(p.model)
+        windows = training_windows([load_corpus(c) for c in p.training], tokenizer, model_shape(model)["context"], p.sequences, seed)
+        policy, modules = get_policy("h2o").from_fraction(fraction, windows.shape[1]), attention_modules(model)
+        layers = capture_layers(model, windows, list(modules))
+        return {i: LayerTrainer(d, policy, output_projection(modules[i]).weight.detach(), p.validation) for i, d in layers.items()}
+
+    def compute(**recipe) -> dict:
+        r, left = Recipe(**recipe), {}
+        for i, trainer in trainers().items():
+            layer = Kernels.new(model_shape(model_of(p.model)[0]), r.kernel_size, r.hidden, r.dropout, r.seed)[i]
+            assert isinstance(layer, LayerKernels)
+            left[str(i)] = trainer.fit(layer, r, f"layer {i}")["best"]
+        return {"error_left": left}
+
+    return sweep("recipes", profile, seed, points, compute, lambda: identity(profile, *p.training))
+
+
+def training_speed(profile: str, seed: int = 0) -> dict:
+    """Seconds and peak memory of one epoch, ours and the step-by-step scheme, each case in a fresh process."""
+    recipe = {"hidden": get_profile(profile).hidden, "dropout": get_profile(profile).dropout, "seed": seed}
+    lengths = (512,) if get_profile(profile).quick else (512, 1024, 2048, 4096)
+    cases = [("ours", s) for s in lengths] + [("stepwise", s) for s in lengths[:3]]
+    points = {f"{scheme} {s}": {"scheme": scheme, "length": s, "sequences": 8, "fraction": 0.05, **recipe} for scheme, s in cases}
+    return sweep("training_speed", profile, seed, points, measure, lambda: identity(profile, "topics-train"))
+
+
+# ---------------------------------------------------------------- Figure 3: what a sparse policy leaves is of low rank
+def topk_outputs(q: Tensor, k: Tensor, v: Tensor, scaling: float, count: int) -> tuple[Tensor, Tensor]:
+    """Dense causal attention and attention over each query's own top `count` keys, both [B, Hq, S, Dv]."""
+    groups, S = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    future = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
+    logits = (q @ k.transpose(-1, -2) * scaling).masked_fill(future, -torch.inf)
+    threshold = logits.topk(min(count, S), -1).values[..., -1:]
+    return logits.softmax(-1) @ v, logits.masked_fill(logits < threshold, -torch.inf).softmax(-1) @ v
+
+
+def best_of_rank(x: Tensor, rank: int) -> Tensor:
+    """The closest matrices of `rank` to x [..., S, D], by its right singular vectors."""
+    vectors = torch.linalg.eigh(x.transpose(-1, -2) @ x).eigenvectors[..., x.shape[-1] - rank :]
+    return x @ vectors @ vectors.transpose(-1, -2)
+
+
+def low_rank_residuals(profile: str, seed: int = 0) -> dict:
+    """Figure 3: singular values of attention outputs and of what top-k leaves out; perplexity of top-k with that added at rank r."""
+    p = get_profile(profile)
+    corpus, fractions = p.evaluation[0], (0.05,) if p.quick else (0.02, 0.05, 0.125)
+
+    def compute(what: str, fraction: float, rank: int = 0) -> dict:
+        model, windows = model_of(p.model)[0], windows_of(profile, corpus)
+        count = budget_of(fraction, model_shape(model)["context"])
+        spectra: dict[int, list[Tensor]] = {}
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
+            full, sparse = topk_outputs(q.float(), k.float(), v.float(), scaling, count)
+            if what == "singular values":
+                values = torch.stack([torch.linalg.svdvals(full), torch.linalg.svdvals(full - sparse)])
+                spectra.setdefault(layer, []).append((values / values[:1, ..., :1]).mean((1, 2)))  # over heads, by the largest of full
+                return full.to(v.dtype)
+            return (sparse + best_of_rank(full - sparse, rank) if rank else sparse).to(v.dtype)
+
+        if what == "singular values":
+            windows = [w for w in windows if len(w.ids) == max(len(x.ids) for x in windows)][: p.batch]
+        with replace_attention(model, attention):
+            scored = perplexity(model, windows, min(p.batch, 4))
+        if what != "singular values":
+            return scored
+        mean = {i: torch.stack(s).mean(0) for i, s in spectra.items()}
+        return {"layers": {str(i): {"full": [round(x, 6) for x in m[0].tolist()], "residual": [round(x, 6) for x in m[1].tolist()]}
+                           for i, m in mean.items()}}  # fmt: skip
+
+    points: dict[str, dict] = {"singular values": {"what": "singular values", "fraction": 0.125}}
+    for f in fractions:
+        points |= {f"top {f:.1%}, rank {r}": {"what": "perplexity", "fraction": f, "rank": r} for r in (0, 1, 2, 4, 8)}
+    points["full"] = {"what": "perplexity", "fraction": 1.0}
+    return sweep("low_rank_residuals", profile, seed, points, compute, lambda: identity(profile, corpus))

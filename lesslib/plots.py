@@ -1,0 +1,149 @@
+"""Recorded results in, pictures and tables out. Nothing here computes: every number comes from a result's JSON."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .evaluate import POSITION_BIN, gap_closed
+from .results import results_dir
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = {"Full": "#222222", "Baseline": "#c23b22", "Baseline+": "#e39a2d", "Performer": "#8c8c8c"}
+BLUES = ("#9ecae1", "#3182bd", "#08306b")  # LESS trained at growing budgets
+MARKS = {"Full": "", "Baseline": "o", "Baseline+": "s", "Performer": "x"}
+
+
+def colour(method: str, order: list[str]) -> str:
+    return COLOURS.get(method) or BLUES[[m for m in order if m.startswith("LESS")].index(method) % len(BLUES)]
+
+
+def axes(columns: int = 1, rows: int = 1, width: float = 4.6, height: float = 3.3) -> tuple[Figure, Any]:
+    """A figure of `rows` x `columns` panels and the flat list of its axes."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                         "grid.alpha": 0.25, "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 150})  # fmt: skip
+    figure, panels = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+    return figure, panels.ravel()
+
+
+def save(figure: Figure, profile: str, name: str) -> Figure:
+    """Write results/<profile>/figures/<name>.png and hand the figure back, closed, so that a notebook shows it once."""
+    import matplotlib.pyplot as plt
+
+    path = results_dir(profile) / "figures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp.png")
+    figure.savefig(scratch, metadata={"Software": None})
+    scratch.replace(path)
+    plt.close(figure)
+    return figure
+
+
+def table(columns: list[str], rows: list[list[Any]]) -> Any:
+    """A Markdown table for a notebook; floats with three significant decimals, None as an empty cell's dash."""
+    from IPython.display import Markdown
+
+    show = lambda x: "–" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)  # noqa: E731, RUF001
+    lines = [columns, ["---"] * len(columns), *([show(x) for x in row] for row in rows)]
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
+
+
+def cells(record: dict, prefix: str) -> dict[str, dict]:
+    """Points of a record whose name is `prefix`/method, by method in the order of the paper's tables."""
+    found = {name[len(prefix) + 1 :]: p for name, p in record["points"].items() if name.startswith(prefix + "/")}
+    order = lambda m: (list(COLOURS).index(m), 0.0) if m in COLOURS else (len(COLOURS), float(m[6:-2]))  # noqa: E731
+    return {m: found[m] for m in sorted(found, key=order)}
+
+
+# ---------------------------------------------------------------- notebook 01, Figure 3
+def low_rank_residuals(record: dict) -> Figure:
+    figure, (left, right) = axes(2)
+    layers = record["points"]["singular values"]["layers"]
+    for i, layer in layers.items():
+        shade = 0.35 + 0.65 * (int(i) + 1) / len(layers)
+        for what, tint in (("full", COLOURS["Full"]), ("residual", "#3182bd")):
+            left.semilogy(range(1, len(layer[what]) + 1), layer[what], color=tint, alpha=shade, label=what if i == "0" else None)
+    left.set(xlabel="index", ylabel="singular value / largest of full", title="outputs and top-12.5% residuals, by layer")
+    left.legend()
+    series: dict[str, list[tuple[int, float]]] = {}
+    for p in record["points"].values():
+        if p["parameters"].get("what") == "perplexity" and "rank" in p["parameters"]:
+            series.setdefault(f"top {p['parameters']['fraction']:.1%}", []).append((p["parameters"]["rank"], p["token_ppl"]))
+    for (label, points), tint in zip(series.items(), BLUES, strict=False):
+        right.plot(*zip(*sorted(points), strict=True), "o-", color=tint, label=label)
+    right.axhline(record["points"]["full"]["token_ppl"], color=COLOURS["Full"], ls="--", label="full")
+    right.set(xlabel="rank of the residual that is added back", ylabel="token perplexity", title="top-k caching, recovered")
+    right.legend()
+    return figure
+
+
+# ---------------------------------------------------------------- notebook 02
+def training_curves(record: dict) -> Figure:
+    points = record["points"]
+    figure, panels = axes(len(points), width=3.1, height=2.9)
+    for panel, (name, point) in zip(panels, points.items(), strict=True):
+        for i, layer in point["layers"].items():
+            line = panel.plot(layer["validation"], marker=".", label=f"layer {i}")[0]
+            panel.axhline(layer["baseline_plus"], color=line.get_color(), ls=":", lw=1)
+        panel.set(xlabel="epoch", title=name, ylim=(0, 1.05))
+    panels[0].set_ylabel("validation error / sparse error")
+    panels[0].legend(title="dotted: Baseline+", fontsize=7, title_fontsize=7)
+    return figure
+
+
+def training_speed(record: dict) -> Figure:
+    figure, (left, right) = axes(2)
+    for scheme, tint in (("stepwise", COLOURS["Baseline"]), ("ours", BLUES[1])):
+        rows = sorted((p["parameters"]["length"], p) for p in record["points"].values() if p["parameters"]["scheme"] == scheme)
+        for panel, key in ((left, "seconds_epoch"), (right, "peak_mib")):
+            panel.loglog([n for n, _ in rows], [p[key] for _, p in rows], "o-", color=tint, label=scheme, base=2)
+    left.set(xlabel="tokens a window", ylabel="seconds an epoch of 8 windows", title="time")
+    right.set(xlabel="tokens a window", ylabel="peak memory above the start, MiB", title="memory")
+    left.legend()
+    return figure
+
+
+# ---------------------------------------------------------------- notebook 03, Table 2
+def perplexity_by_budget(record: dict, corpora: list[str], fractions: list[float]) -> Figure:
+    figure, panels = axes(len(corpora))
+    for panel, corpus in zip(panels, corpora, strict=True):
+        methods = list(cells(record, f"{corpus}/{fractions[0]:.0%}"))
+        panel.axhline(record["points"][f"{corpus}/Full"]["token_ppl"], color=COLOURS["Full"], ls="--", label="Full")
+        for method in methods:
+            y = [record["points"][f"{corpus}/{f:.0%}/{method}"]["token_ppl"] for f in fractions]
+            panel.plot([100 * f for f in fractions], y, color=colour(method, methods), marker=MARKS.get(method, "^"), label=method)
+        panel.set(xlabel="H2O budget, % of the context", ylabel="token perplexity", title=corpus, xticks=[100 * f for f in fractions])
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def by_position(full: dict, rows: dict[str, dict], title: str) -> Figure:
+    """What each method loses against the full cache along the context: the one picture of the effect."""
+    figure, (panel,) = axes(1, width=6)
+    for method, row in rows.items():
+        excess = [a - b for a, b in zip(row["by_position"], full["by_position"], strict=True)]
+        centres = [POSITION_BIN * (i + 0.5) for i in range(len(excess))]
+        panel.plot(centres, excess, color=colour(method, list(rows)), marker=MARKS.get(method, "^"), ms=4, label=method)
+    panel.axhline(0, color=COLOURS["Full"], ls="--", label="Full")
+    panel.set(xlabel="position in the context", ylabel="nats a token above the full cache", title=title)
+    panel.legend()
+    return figure
+
+
+def gaps(groups: dict[str, tuple[dict, dict[str, dict]]], title: str) -> Figure:
+    """Share of the gap each method closes; `groups` maps a label to (Full, rows by method with Baseline among them)."""
+    figure, (panel,) = axes(1, width=2.2 + 1.1 * len(groups))
+    methods = [m for m in next(iter(groups.values()))[1] if m != "Baseline"]
+    for j, method in enumerate(methods):
+        for i, (full, rows) in enumerate(groups.values()):
+            share, low, high = gap_closed(full, rows["Baseline"], rows[method])
+            x = i + 0.8 * (j + 0.5) / len(methods) - 0.4
+            panel.bar(x, share, 0.7 / len(methods), color=colour(method, methods), label=method if i == 0 else None)
+            panel.errorbar(x, share, [[share - low], [high - share]], color="black", lw=0.8, capsize=2)
+    panel.axhline(0.5, color="black", lw=0.8, ls=":")
+    panel.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel="share of the gap closed", title=title)
+    panel.set_ylim(bottom=min(-0.1, max(-0.5, panel.get_ylim()[0])))
+    panel.legend(fontsize=8)
+    return figure

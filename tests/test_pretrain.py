@@ -1,0 +1,190 @@
+"""Pretraining: what is held out, what a window is, and that an interrupted run ends where an uninterrupted one does."""
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lesslib import pretrain as module
+from lesslib.data import load_corpus
+from lesslib.models import load_model
+from lesslib.pretrain import Windows, loss_by_position, pretrain, split, token_file
+
+SETTINGS = {"minutes": math.inf, "tokens": 6 * 2 * 32, "batch": 2, "lr": 1e-2, "seed": 3, "windows": 4}  # six steps of two windows of 32
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A Llama of 12,000 parameters with the carried tokenizer."""
+    folder = tmp_path_factory.mktemp("start")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=4096, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                         max_position_embeddings=32, tie_word_embeddings=True)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_model("pico-llama", "cpu")[1].save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def corpora(tmp_path, monkeypatch):
+    """A $LESS_DATA folder with 105 articles and 5 novels, and topics cut short."""
+    rng, words = np.random.default_rng(0), ["the", "a", "cat", "dog", "sees", "old", "red", "tree", "and", "but"]
+    for name, count, length in (("wikipedia", 105, 30), ("novels", 5, 300)):
+        rows = [{"title": f"{name} {i}", "text": f"{name} {i}: " + " ".join(rng.choice(words, length))} for i in range(count)]
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    monkeypatch.setenv("LESS_DATA", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # equality to the bit is promised on CPU
+    return {name: load_corpus(name) for name in module.MIX}
+
+
+def weights(folder):
+    return load_model(folder / "model", "cpu")[0].state_dict()
+
+
+def test_the_split_holds_out_the_same_documents_every_time(corpora):
+    train, held = split(corpora)
+    assert (train, held) == split(corpora)
+    for name, count in module.HELD_OUT.items():
+        assert len(held[name]) == count
+        assert {d.title for d in held[name]}.isdisjoint(d.title for d in train[name])
+        assert len(train[name]) + count == len(corpora[name].documents)
+    assert not {d.text for d in held["topics"]} & {d.text for d in train["topics-train"]}
+
+
+@pytest.mark.parametrize("kind", ["exception in a step", "kill after a checkpoint"])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(start, corpora, tmp_path, monkeypatch, capsys, kind):
+    whole = pretrain(start, tmp_path / "whole", **SETTINGS)
+    saves = []
+
+    def save(path, state):
+        write(path, state)
+        saves.append(state["step"])
+        if kind == "kill after a checkpoint" and len(saves) == 3:
+            raise KeyboardInterrupt
+
+    def clip(parameters, norm):
+        if kind == "exception in a step" and len(saves) == 3:
+            raise RuntimeError("out of memory")
+        return clip_grad_norm(parameters, norm)
+
+    with monkeypatch.context() as patch:
+        write, clip_grad_norm = module.write_torch, torch.nn.utils.clip_grad_norm_
+        patch.setattr(module, "write_torch", save)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+        with pytest.raises((KeyboardInterrupt, RuntimeError)):
+            pretrain(start, tmp_path / "cut", **SETTINGS, save_every=0)
+    assert saves == [1, 2, 3]
+    cut = pretrain(start, tmp_path / "cut", **SETTINGS)
+    assert "resumed at step 3" in capsys.readouterr().out
+    assert cut["heldout_loss_by_position"] == whole["heldout_loss_by_position"]
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    before = load_model(start, "cpu")[0].state_dict()
+    assert any(not torch.equal(one[n], before[n].half().float()) for n in one)  # and it did train
+
+
+def test_the_learning_rate_does_not_follow_the_clock_while_tokens_bind(start, corpora, tmp_path, monkeypatch):
+    pretrain(start, tmp_path / "fast", **SETTINGS)
+    clock = iter(range(0, 10_000, 2))
+    monkeypatch.setattr(module.time, "time", lambda: float(next(clock)))  # every look at the clock takes two seconds
+    pretrain(start, tmp_path / "slow", **SETTINGS | {"minutes": 60})
+    one, other = weights(tmp_path / "fast"), weights(tmp_path / "slow")
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    card = pretrain(start, tmp_path / "short", **SETTINGS | {"minutes": 0.2})  # 12 seconds
+    assert 0 < card["steps"] < 6
+
+
+def test_a_finished_run_is_not_trained_further_and_its_card_tells_of_it(start, corpora, tmp_path, monkeypatch):
+    card = pretrain(start, tmp_path, **SETTINGS)
+    first = weights(tmp_path)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: pytest.fail("a step after the end"))
+    again = pretrain(start, tmp_path, **SETTINGS)
+    assert {**card, "minutes": 0} == {**again, "minutes": 0}
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), weights(tmp_path).values(), strict=True))
+    assert json.loads((tmp_path / "model" / "card.json").read_text()) == again
+    assert card["steps"] == 6
+    assert card["tokens_seen_millions"] == round(6 * 2 * 32 / 1e6, 2)
+    assert card["data"]["novels"] == corpora["novels"].record() | {"share": 0.38, "held_out_documents": 3}
+    for losses in card["heldout_loss_by_position"].values():
+        assert set(losses) == {"wikipedia", "novels", "topics"}
+        assert set(losses["novels"]) == {"0-30", "all"}
+
+
+def test_checkpoints_that_do_not_fit_are_refused(start, corpora, tmp_path):
+    pretrain(start, tmp_path, **SETTINGS)
+    for change in ({"lr": 2e-2}, {"batch": 1}, {"seed": 4}):
+        with pytest.raises(ValueError, match=rf"checkpoint\.pt was made with another {next(iter(change))}"):
+            pretrain(start, tmp_path, **SETTINGS | change)
+    checkpoint = tmp_path / "checkpoint.pt"
+    for content in (checkpoint.read_bytes()[:5000], b"", b"no checkpoint"):
+        checkpoint.write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged .*delete it to start over"):
+            pretrain(start, tmp_path, **SETTINGS)
+
+
+def test_text_that_does_not_suffice_is_refused(corpora, monkeypatch):
+    monkeypatch.setitem(module.HELD_OUT, "novels", 5)
+    with pytest.raises(ValueError, match="'novels' has 5 documents and 5 are held out"):
+        split(corpora)
+    with pytest.raises(ValueError, match="no held-out document fills a window of 9 tokens"):
+        Windows(np.array([0, 1, 2, 0, 3], dtype=np.uint16), 9, 0).inside(4)
+
+
+def test_a_diverged_run_stops_and_says_what_to_lower(start, corpora, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"lower --lr from 1e\+20"):
+        pretrain(start, tmp_path, **SETTINGS | {"lr": 1e20, "tokens": 60 * 2 * 32})
+
+
+# ---------------------------------------------------------------- tokens and windows
+def test_token_files_follow_text_and_vocabulary(corpora, tmp_path):
+    tokenizer, documents = load_model("pico-llama", "cpu")[1], list(corpora["novels"].documents)
+    tokens = token_file(tmp_path, "novels", documents, tokenizer)
+    joined = [i for d in documents for i in [tokenizer.bos_token_id, *tokenizer(d.text)["input_ids"]]]
+    assert tokens.tolist() == joined
+    assert token_file(tmp_path, "novels", documents, tokenizer).tolist() == joined
+    assert len(list(tmp_path.glob("novels*.npy"))) == 1
+    assert len(token_file(tmp_path, "novels", documents[1:], tokenizer)) < len(joined)
+    assert len(list(tmp_path.glob("novels*.npy"))) == 2
+
+
+def test_windows_stay_inside_documents_that_are_long_enough():
+    rng = np.random.default_rng(0)
+    lengths = [40, 3, 8, 25, 1, 60]
+    tokens = np.concatenate([[0, *(np.arange(n - 1) + 100 * (i + 1))] for i, n in enumerate(lengths)]).astype(np.uint16)
+    windows, begins = Windows(tokens, 8, 0), np.concatenate([[0], np.cumsum(lengths)])
+    drawn = [windows.at(p) for p in range(len(tokens))] + [windows.draw(rng) for _ in range(50)]
+    assert all(len(w) == 8 and w.dtype == np.int64 for w in drawn)
+    for position in range(len(tokens)):
+        document = int(np.searchsorted(begins, position, side="right")) - 1
+        if lengths[document] >= 8:
+            assert set((windows.at(position)[windows.at(position) > 0] // 100).tolist()) == {document + 1}
+    inside = windows.inside(1000)
+    assert inside.shape == (sum(n // 8 for n in lengths), 8)
+    assert all(len(set((w[w > 0] // 100).tolist())) == 1 and (w[1:] > 0).all() for w in inside)
+    assert windows.inside(3).shape == (3, 8)
+
+
+def test_loss_by_position_is_the_mean_over_windows(start, monkeypatch):
+    model = load_model(start, "cpu")[0]
+    windows = np.random.default_rng(0).integers(0, 4096, (5, 32))
+    monkeypatch.setattr(module, "BINS", (0, 4, 16, 1 << 30))
+    found = loss_by_position(model, windows, batch=2)
+    x = torch.from_numpy(windows)
+    with torch.no_grad():
+        losses = -model(x).logits[:, :-1].log_softmax(-1).gather(2, x[:, 1:, None])[..., 0]
+    assert list(found) == ["0-3", "4-15", "16-30", "all"]
+    for name, part in (("0-3", losses[:, :4]), ("4-15", losses[:, 4:16]), ("16-30", losses[:, 16:]), ("all", losses)):
+        assert found[name] == pytest.approx(part.mean().item(), abs=1e-3)
+
+
+def test_the_command_line_passes_every_setting(monkeypatch, tmp_path):
+    seen = {}
+    monkeypatch.setattr(module, "pretrain", lambda **settings: seen.update(settings))
+    monkeypatch.setattr(module, "keep_memory", lambda: None)
+    monkeypatch.setattr("sys.argv", f"pretrain --start a --out {tmp_path} --minutes inf --lr 0.1 --windows 5".split())
+    module.main()
+    assert seen == {"start": "a", "out": tmp_path, "minutes": math.inf, "tokens": 100_000_000, "batch": 8, "lr": 0.1, "seed": 0,
+                    "windows": 5, "save_every": 240}  # fmt: skip
