@@ -77,37 +77,33 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
     """
     model, tokenizer = load_model(model_name, "cpu")
     windows = training_windows([load_corpus("topics-train")], tokenizer, length, sequences, recipe.seed)
-    data = capture_layers(model, windows, [0])[0]
-    policy = H2O.from_budget(budget_of(fraction, length))
-    layer = Kernels.new({**model_shape(model), "layers": 1}, recipe.kernel_size, recipe.hidden, recipe.dropout, recipe.seed)[0]
+    data, policy = capture_layers(model, windows, [0])[0], H2O.from_budget(budget_of(fraction, length))
+    layer = Kernels.new(model_shape(model), recipe.kernel_size, recipe.hidden, recipe.dropout, recipe.seed)[0]
     assert isinstance(layer, LayerKernels)
     projection = output_projection(attention_modules(model)[0]).weight.detach()
-    optimizer, held = torch.optim.Adam(layer.parameters(), lr=recipe.lr), peak_memory(reset=True)
-    begun = time.perf_counter()
+    optimizer, held, begun = torch.optim.Adam(layer.parameters(), lr=recipe.lr), peak_memory(reset=True), time.perf_counter()
     trainer = LayerTrainer(data, policy, projection, validation=1, batch=recipe.batch) if scheme == "ours" else None
     once = time.perf_counter() - begun
 
-    def step(rows: Tensor) -> float:
+    def step(rows: Tensor) -> None:
         if trainer is not None:
             loss = trainer.error(*trainer.output(layer, rows))
         else:
             q, k, v = (x[rows].float() for x in (data.q, data.k, data.v))
             out, target = stepwise_attention(q, k, v, policy, layer.phi(q), layer.psi(k), data.scaling)
-            past = (out - target)[:, :, policy.budget :].transpose(1, 2).flatten(2)
-            loss = (past @ projection.T).square().mean()
+            loss = ((out - target)[:, :, policy.budget :].transpose(1, 2).flatten(2) @ projection.T).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.item()
 
     batches = torch.arange(sequences).split(recipe.batch)
-    first = step(batches[0])  # warm-up: allocator and thread pool
+    step(batches[0])  # warm-up: allocator and thread pool
     begun = time.perf_counter()
     for rows in batches:
         step(rows)
-    seconds = time.perf_counter() - begun
-    peak = None if held is None else round((peak_memory() or held) - held, 1)
-    return {"seconds_epoch": round(seconds, 4), "seconds_once": round(once, 4), "peak_mib": peak, "first_loss": first}
+    seconds, peak = time.perf_counter() - begun, peak_memory()
+    peak_mib = None if held is None or peak is None else round(peak - held, 1)
+    return {"seconds_epoch": round(seconds, 4), "seconds_once": round(once, 4), "peak_mib": peak_mib}
 
 
 def measure(scheme: str, length: int, sequences: int, fraction: float, **recipe) -> dict:
@@ -131,16 +127,13 @@ def main(argv: list[str] | None = None) -> None:
     if a.one:
         keep_memory()
         request = json.loads(a.one)
-        print(json.dumps(epoch(**{**request, "recipe": Recipe(**request["recipe"])})))
-        return
+        return print(json.dumps(epoch(**{**request, "recipe": Recipe(**request["recipe"])})))
     print(f"{'tokens':>6} {'scheme':>9} {'s/epoch':>9} {'once s':>7} {'peak MiB':>9} {'times slower than ours':>23}")
     for length in a.lengths:
-        ours = 0.0
-        for scheme in SCHEMES:
-            r = measure(scheme, length, a.sequences, a.fraction, hidden=a.hidden, dropout=a.dropout)
-            ours = ours or r["seconds_epoch"]
-            once, seconds = r["seconds_once"], r["seconds_epoch"]
-            print(f"{length:6d} {scheme:>9} {seconds:9.3f} {once:7.2f} {r['peak_mib'] or 0:9.0f} {seconds / ours:23.1f}")
+        rows = {s: measure(s, length, a.sequences, a.fraction, hidden=a.hidden, dropout=a.dropout) for s in SCHEMES}
+        for scheme, r in rows.items():
+            slower = r["seconds_epoch"] / rows["ours"]["seconds_epoch"]
+            print(f"{length:6d} {scheme:>9} {r['seconds_epoch']:9.3f} {r['seconds_once']:7.2f} {r['peak_mib'] or 0:9.0f} {slower:23.1f}")
 
 
 if __name__ == "__main__":

@@ -37,19 +37,17 @@ def shares(points: dict[str, dict]) -> dict[tuple[str, str, str], tuple[str, str
 
 def perplexity_table(full: dict, rows: dict[str, dict], method: str, label: str) -> list[Verdict]:
     """What Tables 2, 3 and 7 claim for one corpus, policy and budget; `rows` are points by method, `method` a row of LESS."""
-    ppl = {m: r["token_ppl"] for m, r in rows.items()}
-    found = []
-    for row in (method, "Performer"):
-        if row in rows:
-            share, low, high = gap_closed(full, rows["Baseline"], rows[row])
-            wins, numbers = ppl[row] < ppl["Baseline+"], f"{ppl[row]:.2f} against {ppl['Baseline+']:.2f}"
-            closed = f"{share:.1%} [{low:.1%}, {high:.1%}]"
-            if row == method:
-                found += [Verdict(f"{label}: {row} closes at least half of the gap between Baseline and Full", share >= 0.5, closed),
-                          Verdict(f"{label}: {row} has lower perplexity than Baseline+", wins, numbers)]  # fmt: skip
-            else:
-                found += [Verdict(f"{label}: Performer closes less than half of that gap", share < 0.5, closed),
-                          Verdict(f"{label}: Performer does not beat Baseline+", not wins, numbers)]  # fmt: skip
+    ppl, found = {m: r["token_ppl"] for m, r in rows.items()}, []
+    for row in (method, "Performer") if "Performer" in rows else (method,):
+        share, low, high = gap_closed(full, rows["Baseline"], rows[row])
+        closed, wins = f"{share:.1%} [{low:.1%}, {high:.1%}]", ppl[row] < ppl["Baseline+"]
+        numbers = f"{ppl[row]:.2f} against {ppl['Baseline+']:.2f}"
+        if row == method:
+            found.append(Verdict(f"{label}: {row} closes at least half of the gap between Baseline and Full", share >= 0.5, closed))
+            found.append(Verdict(f"{label}: {row} has lower perplexity than Baseline+", wins, numbers))
+        else:
+            found.append(Verdict(f"{label}: Performer closes less than half of that gap", share < 0.5, closed))
+            found.append(Verdict(f"{label}: Performer does not beat Baseline+", not wins, numbers))
     return found
 
 

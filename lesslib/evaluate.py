@@ -28,9 +28,8 @@ class Window:
 def evaluation_windows(corpus: Corpus, tokenizer, length: int, per_document: int, limit: int) -> list[Window]:
     """Non-overlapping windows of at most `length` tokens: up to `per_document` spread evenly over each document, up to `limit` in all.
 
-    Every token of a window is scored but its first, which is the beginning-of-sequence token where the tokenizer has one. A
-    word belongs to the window in which it begins, so windows that cover a document count each of its words once. Raises
-    ValueError when no document fills one window.
+    Every token is scored but a window's first (beginning of sequence, where the tokenizer has one). A word belongs to the window
+    in which it begins, so that none counts twice. Raises ValueError when no document fills one window.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     step, windows, longest = length - len(bos), [], 0
@@ -45,8 +44,7 @@ def evaluation_windows(corpus: Corpus, tokenizer, length: int, per_document: int
             first = begins[start if bos else start + 1]
             windows.append(Window(number, tuple(bos + ids[start:stop]), bisect_left(words, begins[stop]) - bisect_left(words, first)))
     if longest < step:
-        fix = "use a corpus of longer documents"
-        raise ValueError(f"corpus {corpus.name!r}: its longest document has {longest} tokens, fewer than a window of {length}; {fix}")
+        raise ValueError(f"corpus {corpus.name!r}: its longest document has {longest} tokens, fewer than a window of {length}: use another")
     return [windows[i] for i in _spread(len(windows), limit)]
 
 
@@ -57,50 +55,34 @@ def _spread(n: int, count: int) -> list[int]:
 
 @torch.no_grad()
 def perplexity(model, windows: list[Window], batch: int = 8) -> dict:
-    """Score every window with `model`, whatever attention it runs under, and sum up.
+    """Score every window with `model`, whatever attention it runs under; shorter ones are padded on the right.
 
-    Returns token_ppl and word_ppl (exp of the total negative log-likelihood over tokens or words), log_ppl (nats a
-    token) with its standard error over documents (None where there is only one), the totals, [nll, tokens] by document, and
-    the mean loss in nats by position, in bins of POSITION_BIN. Longer windows first; shorter ones are padded on the right,
-    which causal models ignore.
+    Returns token_ppl and word_ppl (exp of the total negative log-likelihood over tokens or words), log_ppl (nats a token) with
+    its standard error over documents (None where there is only one), the totals, [nll, tokens] by document, and the mean loss in
+    nats by position, in bins of POSITION_BIN. Raises FloatingPointError for a loss that is not finite.
     """
-    documents = sorted({w.document for w in windows})
-    nll, tokens, words = (dict.fromkeys(documents, 0.0) for _ in range(3))
-    longest = max(len(w.ids) for w in windows)
-    position_nll, position_count = np.zeros(longest), np.zeros(longest)
-    order = sorted(windows, key=lambda w: -len(w.ids))
-    for i in range(0, len(order), batch):
-        rows = order[i : i + batch]
-        ids = pad_sequence([torch.tensor(w.ids) for w in rows], batch_first=True).to(model.device)
+    losses = np.zeros((len(windows), max(len(w.ids) for w in windows) - 1))
+    for rows in np.array_split(np.argsort([-len(w.ids) for w in windows], kind="stable"), range(batch, len(windows), batch)):
+        ids = pad_sequence([torch.tensor(windows[i].ids) for i in rows], batch_first=True).to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double().cpu().numpy()
-        if not np.isfinite(loss).all():
+        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        if not loss.isfinite().all():
             raise FloatingPointError(f"losses are not finite in {model.dtype}: load the model in float32, or check its weights")
-        for row, w in zip(loss, rows, strict=True):
-            n = len(w.ids) - 1
-            nll[w.document] += float(row[:n].sum())
-            tokens[w.document] += n
-            words[w.document] += w.words
-            position_nll[:n] += row[:n]
-            position_count[:n] += 1
-    total, count = sum(nll.values()), sum(tokens.values())
-    log_ppl = total / count
-    spread = [nll[d] - log_ppl * tokens[d] for d in documents]
-    n = len(documents)
-    error = math.sqrt(n / (n - 1) * sum(s * s for s in spread)) / count if n > 1 else None
-    bins = np.arange(0, longest - 1, POSITION_BIN)
-    by_position = np.add.reduceat(position_nll[:-1], bins) / np.add.reduceat(position_count[:-1], bins)
+        losses[rows, : loss.shape[1]] = loss.double().cpu().numpy()
+    tokens, owner, words = np.array([(len(w.ids) - 1, w.document, w.words) for w in windows]).T
+    scored = np.arange(losses.shape[1]) < tokens[:, None]
+    losses *= scored
+    by_document = np.array([(losses[owner == d].sum(), tokens[owner == d].sum()) for d in np.unique(owner)])
+    n, (total, count) = len(by_document), by_document.sum(0).tolist()
+    residuals = by_document @ (1, -total / count)
+    bins = np.arange(0, losses.shape[1], POSITION_BIN)
+    by_position = np.add.reduceat(losses.sum(0), bins) / np.add.reduceat(scored.sum(0), bins)
     return {
-        "token_ppl": math.exp(log_ppl),
-        "word_ppl": math.exp(total / max(1.0, sum(words.values()))),
-        "log_ppl": log_ppl,
-        "log_ppl_se": error,
-        "tokens": int(count),
-        "words": int(sum(words.values())),
-        "windows": len(windows),
-        "by_document": [[round(nll[d], 4), int(tokens[d])] for d in documents],
-        "by_position": by_position.round(5).tolist(),
-    }
+        "token_ppl": math.exp(total / count), "word_ppl": math.exp(total / max(1, words.sum())), "log_ppl": total / count,
+        "log_ppl_se": math.sqrt(n / (n - 1) * (residuals**2).sum()) / count if n > 1 else None,
+        "tokens": int(count), "words": int(words.sum()), "windows": len(windows),
+        "by_document": [[round(nll, 4), int(t)] for nll, t in by_document.tolist()], "by_position": by_position.round(5).tolist(),
+    }  # fmt: skip
 
 
 def gap_closed(full: dict, baseline: dict, method: dict, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:

@@ -133,7 +133,7 @@ def recipes(profile: str, seed: int = 0) -> dict:
     """The ablation behind the small profiles' recipe: one setting changed at a time, H2O at 2%, error left in each layer."""
     p = get_profile(profile)
     fraction = min(p.fractions)
-    base = asdict(Recipe.of(p, seed=seed))
+    base = asdict(Recipe.of(p, seed))
     changes = {"lr": (1e-3, 3e-3, 1e-2), "dropout": (0.0, 0.3), "hidden": (32, 128, 512), "batch": (2, 4, 8)}
     points = {"this profile": base}
     for name, values in ({"lr": (1e-3,)} if p.quick else changes).items():

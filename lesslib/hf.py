@@ -22,31 +22,48 @@ WORKS = "decoders on transformers' attention interface, such as Llama, Mistral, 
 REFUSED = {"softcap": "logit soft-capping", "s_aux": "attention sinks"}
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, less_fn=None, sliding_window=None, **kwargs):
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
     """The function registered with transformers: q, k, v after RoPE in, [B, S, Hq, Dv] out."""
-    if less_fn is None or (sliding_window is not None and sliding_window < key.shape[2]):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    attention = getattr(module, "less_attention", None)
+    if attention is None:
+        raise RuntimeError(f"{type(module).__name__} reached lesslib's attention outside `with less(...)`: run it within that context")
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{what} ({name}) of {type(module).__name__} is not implemented in lesslib: use a model without it")
+    if dropout:
+        raise ValueError(f"attention dropout is {dropout}: call model.eval() first")
     if query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"{query.shape[2]} queries meet {key.shape[2]} keys: mode='parallel' scores whole sequences in one forward; call the model without past_key_values and do not generate in it"
+            f"{query.shape[2]} queries meet {key.shape[2]} keys, but mode='parallel' scores whole sequences in one forward: "
+            "generate outside this context, and call the model without past_key_values in it"
         )
+    if sliding_window is not None and sliding_window < key.shape[2]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions: pass a 2D mask [batch, tokens], 1 for tokens and 0 for padding")
+        raise ValueError(
+            f"attention_mask has {attention_mask.dim()} dimensions: pass a 2D mask [batch, tokens], 1 for tokens and 0 for padding"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = less_fn(module.layer_idx, query, key, value, attention_mask, scaling)
+    out = attention(module.layer_idx, query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, local_size=None, **kwargs):
+def _mask(
+    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, local_size=None,
+    allow_is_causal_skip=True, **kwargs,
+):  # fmt: skip
     """The mask handed to `_attention`: which tokens are real, [B, S]; sliding-window layers keep their stock mask."""
     if local_size is not None and local_size < kv_length:
-        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, **kwargs)
-    if local_size is None and mask_function is not causal_mask_function:
-        raise NotImplementedError("packed sequences and custom mask functions are not implemented: score one sequence per row, with a 2D attention_mask for padding")
-    return None if attention_mask is None else attention_mask[:, -q_length:]
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, allow_is_causal_skip, **kwargs
+        )
+    plain = allow_is_causal_skip if local_size is not None else mask_function is causal_mask_function
+    if q_length == kv_length and not plain:  # a longer kv_length is refused by `_attention`
+        raise NotImplementedError(
+            "packed sequences and custom mask functions are not implemented: "
+            "score one sequence per row, with a 2D attention_mask for padding"
+        )
+    return None if attention_mask is None else attention_mask[:, -q_length:].bool()
 
 
 AttentionInterface.register("less", _attention)
@@ -54,10 +71,15 @@ AttentionMaskInterface.register("less", _mask)
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The model's attention modules by layer index. Raises TypeError for a model outside the attention interface."""
-    found = {m.layer_idx: m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")} if isinstance(model, PreTrainedModel) else {}
-    if not found or not model._can_set_attn_implementation():
-        raise TypeError(f"{type(model).__name__} does not go through transformers' attention interface; lesslib works with {WORKS}")
+    """The model's causal attention modules by layer index. Raises TypeError for a model outside the attention interface."""
+    found: dict[int, nn.Module] = {}
+    if isinstance(model, PreTrainedModel) and model._can_set_attn_implementation() and not model.config.is_encoder_decoder:
+        for module in model.modules():
+            layer = getattr(module, "layer_idx", None)
+            if isinstance(layer, int) and getattr(module, "is_causal", False):
+                found[layer] = module
+    if not found:
+        raise TypeError(f"{type(model).__name__} is not a decoder on transformers' attention interface; lesslib works with {WORKS}")
     return found
 
 
@@ -84,48 +106,51 @@ def model_shape(model: PreTrainedModel) -> dict[str, int]:
 
 @contextlib.contextmanager
 def replace_attention(model: PreTrainedModel, attention: Attention) -> Iterator[PreTrainedModel]:
-    """Within the context every attention layer of `model` calls `attention`; afterwards the model is as it was."""
+    """Within the context every attention layer of `model` calls `attention`; afterwards the model is as it was.
+
+    Sliding-window layers whose window is shorter than the sequence keep their stock attention. Raises TypeError for a
+    model outside the attention interface and RuntimeError when it is replaced already.
+    """
     modules = attention_modules(model)
     before = model.config._attn_implementation
     if before == "less":
         raise RuntimeError("this model's attention is already replaced: leave the first `with less(...)` before entering another")
-
-    def hand_over(module, args, kwargs):
-        return args, {**kwargs, "less_fn": attention}
-
-    hooks = [m.register_forward_pre_hook(hand_over, with_kwargs=True) for m in modules.values()]
-    model.set_attn_implementation("less")
     try:
+        for module in modules.values():
+            vars(module)["less_attention"] = attention
+        model.set_attn_implementation("less")
         yield model
     finally:
-        for hook in hooks:
-            hook.remove()
         model.set_attn_implementation(before)
+        for module in modules.values():
+            del module.less_attention
 
 
 @contextlib.contextmanager
-def less(model: PreTrainedModel, policy: Policy, kernels: Kernels | None = None, mode: Literal["parallel"] = "parallel") -> Iterator[PreTrainedModel]:
+def less(
+    model: PreTrainedModel, policy: Policy, kernels: Kernels | None = None, mode: Literal["parallel"] = "parallel"
+) -> Iterator[PreTrainedModel]:
     """Run `model` under an eviction policy, with LESS where `kernels` are given (None: the sparse baseline).
 
         with less(model, H2O.from_fraction(0.05, 1024), kernels, mode="parallel"):
             logits = model(input_ids, attention_mask).logits
 
-    mode="parallel" scores whole sequences in one forward, as decoding token by token would. Raises ValueError when the
-    budget exceeds the model's context, when the kernels were made for another model or hold NaN, and TypeError for a
-    model outside transformers' attention interface.
+    mode="parallel" scores whole sequences in one forward, as decoding token by token would. The kernels are moved to the
+    model's device and put in evaluation mode. Raises ValueError when the budget exceeds the model's context, or the
+    kernels were made for another model or hold NaN, and TypeError for a model outside transformers' attention interface.
     """
     if mode != "parallel":
         raise ValueError(f"unknown mode {mode!r}: choose 'parallel'")
     if not isinstance(policy, Policy):
         raise TypeError(f"policy is a {type(policy).__name__}; pass Full(), H2O(...), Lambda(...) or TOVA(...)")
+    if not (kernels is None or isinstance(kernels, Kernels)):
+        raise TypeError(f"kernels is a {type(kernels).__name__}; pass what lesslib.models.load_kernels gives, or None for the policy alone")
     attention_modules(model)
     shape = model_shape(model)
     policy.check(shape["context"])
     if kernels is not None:
         kernels.check(shape, getattr(model, "less_identity", None))
-        kernels.to(model.device)
-        if any(not p.isfinite().all() for p in kernels.parameters()):
-            raise ValueError("the kernels hold NaN or infinite weights: load or train them again")
+        kernels.to(model.device).eval()
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
         return less_attention(q, k, v, policy, None if kernels is None else kernels[layer], real, scaling)
@@ -136,7 +161,10 @@ def less(model: PreTrainedModel, policy: Policy, kernels: Kernels | None = None,
 
 @contextlib.contextmanager
 def capture(model: PreTrainedModel, keep: Callable[[int, Tensor, Tensor, Tensor, Tensor, float], None]) -> Iterator[PreTrainedModel]:
-    """Dense attention that hands every layer's q, k, v (after RoPE), output and scaling to `keep(layer, q, k, v, out, scaling)`."""
+    """Dense attention that hands every layer's q, k, v (after RoPE), output and scaling to `keep(layer, q, k, v, out, scaling)`.
+
+    Shapes as in `Attention`, without gradients. Raises as `replace_attention` does.
+    """
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
         out = dense_attention(q, k, v, real, scaling)

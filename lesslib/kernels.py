@@ -3,22 +3,31 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from .results import write_bytes
 
 FORMAT = "less-kernels-1"
 SCALE_INIT = 1e-4  # of s1 and s2, as in the authors' code
 SHAPE_FIELDS = ("layers", "heads", "kv_heads", "head_dim")
 
 
-def _heads(shape: tuple[int, ...]) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape) * shape[-2] ** -0.5)
+def _heads(shape: tuple[int, ...], generator: torch.Generator | None) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape, generator=generator) * shape[-2] ** -0.5)
+
+
+def _check_sizes(shape: dict[str, int], **sizes: int) -> None:
+    for what, n in {**{f: shape[f] for f in SHAPE_FIELDS}, **sizes}.items():
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"{what}={n!r} must be a whole number of at least 1")
+    if shape["heads"] % shape["kv_heads"]:
+        raise ValueError(f"{shape['heads']} query heads do not divide into {shape['kv_heads']} key-value heads")
 
 
 class LayerKernels(nn.Module):
@@ -29,14 +38,15 @@ class LayerKernels(nn.Module):
     first pre-activation while training.
     """
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, kernel_size: int = 8, hidden: int = 512, dropout: float = 0.3):
+    def __init__(
+        self, heads: int, kv_heads: int, head_dim: int, kernel_size: int = 8, hidden: int = 512, dropout: float = 0.3,
+        generator: torch.Generator | None = None,
+    ):  # fmt: skip
         super().__init__()
-        if heads % kv_heads:
-            raise ValueError(f"{heads} query heads do not divide into {kv_heads} key-value heads")
         self.dropout = dropout
-        self.phi_w1, self.phi_w2 = _heads((heads, head_dim, hidden)), _heads((heads, hidden, kernel_size))
-        self.psi_w1, self.psi_w2 = _heads((kv_heads, head_dim, hidden)), _heads((kv_heads, hidden, kernel_size))
-        self.psi_w3 = _heads((kv_heads, kernel_size, kernel_size))
+        self.phi_w1, self.phi_w2 = _heads((heads, head_dim, hidden), generator), _heads((heads, hidden, kernel_size), generator)
+        self.psi_w1, self.psi_w2 = _heads((kv_heads, head_dim, hidden), generator), _heads((kv_heads, hidden, kernel_size), generator)
+        self.psi_w3 = _heads((kv_heads, kernel_size, kernel_size), generator)
         self.s1 = nn.Parameter(torch.full((kv_heads, 1, kernel_size), SCALE_INIT))
         self.s2 = nn.Parameter(torch.full((kv_heads, 1, kernel_size), SCALE_INIT))
 
@@ -54,10 +64,16 @@ class LayerKernels(nn.Module):
         return (u + (u @ self.psi_w3) * self.s2).abs()
 
 
+def _rotation(n: int, generator: torch.Generator) -> Tensor:
+    """A uniformly random orthogonal matrix [n, n]; QR alone would fix the signs of its columns and bias the estimate."""
+    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator))
+    return Q * R.diagonal().sign()
+
+
 class LayerPerformer(nn.Module):
     """Positive random features of the softmax kernel (Choromanski et al., 2021), the paper's "H2O+Performer": nothing is trained.
 
-    E[phi(q) psi(k)^T] = exp(q k / sqrt D), with R orthogonal Gaussian directions per key-value head.
+    E[phi(q) psi(k)^T] = exp(q k / sqrt D), with R orthogonal Gaussian directions [Hkv, D, R] per key-value head.
     """
 
     directions: Tensor
@@ -66,7 +82,7 @@ class LayerPerformer(nn.Module):
         super().__init__()
         blocks = []
         for _ in range(kv_heads):
-            columns = [torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator))[0] for _ in range(-(-kernel_size // head_dim))]
+            columns = [_rotation(head_dim, generator) for _ in range(-(-kernel_size // head_dim))]
             lengths = torch.randn(head_dim, kernel_size, generator=generator).norm(dim=0)
             blocks.append(torch.cat(columns, 1)[:, :kernel_size] * lengths)
         self.register_buffer("directions", torch.stack(blocks))
@@ -78,10 +94,16 @@ class LayerPerformer(nn.Module):
         return (x @ directions - x.square().sum(-1, keepdim=True) / 2).exp() / math.sqrt(directions.shape[-1])
 
     def phi(self, q: Tensor) -> Tensor:
+        """Features of queries: [B, Hq, S, D] -> [B, Hq, S, R], above 0."""
         return self._features(q, self.directions.repeat_interleave(self.groups, 0))
 
     def psi(self, k: Tensor) -> Tensor:
+        """Features of keys: [B, Hkv, S, D] -> [B, Hkv, S, R], above 0."""
         return self._features(k, self.directions)
+
+
+def _header(shape: dict[str, int], kernel_size: int, hidden: int, seed: int) -> dict:
+    return {**{f: shape[f] for f in SHAPE_FIELDS}, "kernel_size": kernel_size, "hidden": hidden, "seed": seed}
 
 
 class Kernels(nn.Module):
@@ -98,46 +120,46 @@ class Kernels(nn.Module):
     @classmethod
     def new(cls, shape: dict[str, int], kernel_size: int, hidden: int, dropout: float = 0.3, seed: int = 0) -> Kernels:
         """Freshly initialised kernels for a model of `shape` (`layers`, `heads`, `kv_heads`, `head_dim`)."""
-        for what, n in (("kernel_size", kernel_size), ("hidden", hidden)):
-            if not isinstance(n, int) or n < 1:
-                raise ValueError(f"{what}={n!r} must be a whole number of at least 1")
+        _check_sizes(shape, kernel_size=kernel_size, hidden=hidden)
+        heads, kv_heads, head_dim = shape["heads"], shape["kv_heads"], shape["head_dim"]
         layers: list[nn.Module] = []
-        for i in range(shape["layers"]):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed * 1000 + i)  # by layer, so that layers may train in any order or place
-                layers.append(LayerKernels(shape["heads"], shape["kv_heads"], shape["head_dim"], kernel_size, hidden, dropout))
-        return cls({**{f: shape[f] for f in SHAPE_FIELDS}, "kernel_size": kernel_size, "hidden": hidden, "seed": seed}, layers)
+        for i in range(shape["layers"]):  # a generator each, so that layers may train in any order or place
+            generator = torch.Generator().manual_seed(seed * 1000 + i)
+            layers.append(LayerKernels(heads, kv_heads, head_dim, kernel_size, hidden, dropout, generator))
+        return cls(_header(shape, kernel_size, hidden, seed), layers)
 
     @classmethod
     def performer(cls, shape: dict[str, int], kernel_size: int = 8, seed: int = 0) -> Kernels:
-        """The Performer baseline for a model of `shape`."""
+        """The Performer baseline for a model of `shape`; its header says `hidden` 0."""
+        _check_sizes(shape, kernel_size=kernel_size)
+        heads, kv_heads, head_dim = shape["heads"], shape["kv_heads"], shape["head_dim"]
         generator = torch.Generator().manual_seed(seed)
-        layers: list[nn.Module] = [LayerPerformer(shape["heads"], shape["kv_heads"], shape["head_dim"], kernel_size, generator) for _ in range(shape["layers"])]
-        return cls({**{f: shape[f] for f in SHAPE_FIELDS}, "kernel_size": kernel_size, "hidden": 0, "seed": seed}, layers)
+        layers: list[nn.Module] = [LayerPerformer(heads, kv_heads, head_dim, kernel_size, generator) for _ in range(shape["layers"])]
+        return cls(_header(shape, kernel_size, 0, seed), layers)
 
     def __getitem__(self, layer: int) -> nn.Module:
         return self.layers[layer]
 
     def parameter_count(self) -> int:
+        """Trained numbers of all layers; per layer (Hq + Hkv)(D + R) hidden + Hkv R (R + 2)."""
         return sum(p.numel() for p in self.parameters())
 
     def check(self, shape: dict[str, int], identity: dict[str, str] | None = None) -> None:
-        """Raises ValueError naming the field in which the kernels do not fit a model of `shape` and `identity` (model, revision)."""
+        """Raises ValueError naming the field that does not fit a model of `shape` and `identity` (model, revision), or for NaN weights."""
         for field, have in {**{f: shape[f] for f in SHAPE_FIELDS}, **(identity or {})}.items():
             made_for = self.header.get(field, have)
             if made_for != have:
-                raise ValueError(f"these kernels do not fit the model: {field} is {made_for} in the kernels and {have} in the model; train kernels for it with python -m lesslib.train")
+                raise ValueError(
+                    f"these kernels do not fit the model: {field} is {made_for} in the kernels and {have} in the model; "
+                    "train kernels for it with python -m lesslib.train"
+                )
+        if any(not t.isfinite().all() for t in self.state_dict().values()):
+            raise ValueError("the kernels hold NaN or infinite weights: load or train them again")
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the JSON header, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file({n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}, scratch, metadata={"format": FORMAT, "header": json.dumps(self.header, sort_keys=True)})
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        tensors = {n: t.detach().cpu().contiguous() for n, t in self.state_dict().items()}
+        write_bytes(path, save(tensors, metadata={"format": FORMAT, "header": json.dumps(self.header, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Kernels:
@@ -153,13 +175,17 @@ class Kernels(nn.Module):
             raise ValueError(f"{path} is not a whole safetensors file ({e}): delete it and train again") from e
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} holds format {metadata.get('format')!r}, not {FORMAT!r}: these are not LESS kernels of this version")
-        header = json.loads(metadata["header"])
-        kernels = cls.new(header, header["kernel_size"], header["hidden"])
-        wanted = {n: tuple(t.shape) for n, t in kernels.state_dict().items()}
-        for name, shape in wanted.items():
-            if name not in tensors or tuple(tensors[name].shape) != shape:
-                found = tuple(tensors[name].shape) if name in tensors else "missing"
-                raise ValueError(f"{path}: {name} is {found}, the header's shape says {shape}; the file is damaged, train again")
+        try:
+            header = json.loads(metadata["header"])
+            R, hidden = header["kernel_size"], header["hidden"]
+            kernels = cls.new(header, R, hidden) if hidden else cls.performer(header, R)
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path}: its header is damaged ({type(e).__name__}: {e}); delete the file and train again") from e
+        wanted, found = ({n: tuple(t.shape) for n, t in each.items()} for each in (kernels.state_dict(), tensors))
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                have, says = found.get(name, "missing"), wanted.get(name, "not to be there")
+                raise ValueError(f"{path}: {name} is {have}, the header says {says}; the file is damaged, delete it and train again")
             if not tensors[name].isfinite().all():
                 raise ValueError(f"{path}: {name} holds NaN or infinite weights; delete the file and train again")
         kernels.load_state_dict(tensors)

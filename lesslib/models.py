@@ -1,17 +1,14 @@
 """The model zoo: pico models that the package carries, folders, hub names; and the kernels trained for them."""
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, logging
 
 from .data import hub_reachable
 from .kernels import Kernels
@@ -22,10 +19,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
 
 
 def keep_memory() -> bool:
-    """Keep freed memory in this process, where later buffers find it without new page faults; True where it took effect.
+    """Keep freed memory in this process, where later buffers find it without new page faults; False where this cannot be set.
 
-    glibc maps every large buffer afresh and returns it when it is freed, which made training on CPU 1.15 to 1.4 times
-    slower. Silently does nothing where the C library has no `mallopt` (macOS, Windows, musl).
+    glibc returns every large buffer that is freed, which made training on CPU 1.15 to 1.4 times slower; others lack `mallopt`.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -43,26 +39,13 @@ def _revision(folder: Path) -> str:
     """12 hex digits over the size and the ends of every weight file: enough to tell two trainings apart, at any size."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as f:
-            digest.update(f.read(1 << 20))
-            f.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(f.read())
+            for start in (0, max(0, size - (1 << 20))):
+                f.seek(start)
+                digest.update(f.read(1 << 20))
     return digest.hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def _without_weights_bar() -> Iterator[None]:
-    """No "Loading weights" bar within the context; the bars of downloads stay."""
-
-    def hook(factory, args, kwargs):
-        return before(factory, args, kwargs) if before else factory(*args, **{**kwargs, "disable": True})
-
-    before = logging.set_tqdm_hook(hook)
-    try:
-        yield
-    finally:
-        logging.set_tqdm_hook(before)
 
 
 def load_model(
@@ -77,52 +60,49 @@ def load_model(
     name = os.fspath(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    folder = ASSETS / name if (ASSETS / name / "config.json").is_file() else Path(name)
+    folder = ASSETS / name if name in carried_models() else Path(name)
     local = (folder / "config.json").is_file()
     if not local and (folder.is_dir() or name.count("/") != 1):
-        raise ValueError(
-            f"unknown model {name!r}: carried models are {', '.join(carried_models())}; "
-            "else give a folder with config.json or a hub name such as meta-llama/Llama-2-7b-hf"
-        )
-    source, offline = str(folder) if local else name, local or not hub_reachable()
-    part = "tokenizer"
-    try:
+        known = f"carried models are {', '.join(carried_models())}; else give a folder with config.json or a hub name such as org/model"
+        raise ValueError(f"unknown model {name!r}: {known}")
+    part, source, offline = "tokenizer", str(folder) if local else name, local or not hub_reachable()
+    hook = logging.set_tqdm_hook(lambda bar, args, options: hook(bar, args, options) if hook else bar(*args, **options | {"disable": True}))
+    try:  # with the hook, no "Loading weights" bar; those of downloads stay
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
         part = "weights"
-        with _without_weights_bar():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=offline, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=offline, output_loading_info=True)
     except Exception as e:  # transformers raises OSError, ValueError, RuntimeError, JSONDecodeError and SafetensorError here
         reason = f"its {part} could not be loaded ({type(e).__name__}: {(str(e).strip() or repr(e)).splitlines()[0]})"
         if local:
             raise ValueError(f"model {name!r}: {reason}; copy or save the folder {folder} again") from e
         fix = "the hub cannot be reached: connect," if offline else "check the name, log in with `hf auth login` if it is gated,"
         raise FileNotFoundError(f"model {name!r}: {reason}; {fix} or give a folder") from e
+    finally:
+        logging.set_tqdm_hook(hook)
     model, report = loaded
-    if report["missing_keys"]:  # transformers would draw these at random and only log it
-        raise ValueError(f"model {name!r}: the weights lack {min(report['missing_keys'])}; copy or fetch them again")
-    bad = next((n for n, p in model.named_parameters() if not p.isfinite().all()), None)
-    if bad is not None:
-        raise ValueError(f"model {name!r}: {bad} holds NaN or infinite weights; fetch or train it again")
+    bad = [f"the weights lack {n}" for n in sorted(report["missing_keys"])]  # transformers would draw these at random and only log it
+    bad += [f"{n} holds NaN or infinite weights" for n, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise ValueError(f"model {name!r}: {bad[0]}; copy, fetch or train it again")
     revision = _revision(folder) if local else str(getattr(model.config, "_commit_hash", None))
     model.less_identity = {"model": folder.absolute().name if local else name, "revision": revision}
     return model.to(device).eval(), tokenizer
 
 
-def kernel_path(model: str, policy: str, fraction: float, folder: Path | None = None, seed: int = 0) -> Path:
+def kernel_path(model: str, policy: str, fraction: float, folder: str | os.PathLike | None = None, seed: int = 0) -> Path:
     """Where the kernels of `model` for `policy` at `fraction` of its context lie, below `folder` (default: the package's own)."""
-    suffix = f"-seed{seed}" if seed else ""
-    return (folder or ASSETS / "kernels") / model.replace("/", "--") / f"{policy}-{fraction:g}{suffix}.safetensors"
+    name = f"{policy}-{fraction:g}" + (f"-seed{seed}" if seed else "")
+    return Path(folder or ASSETS / "kernels") / model.replace("/", "--") / f"{name}.safetensors"
 
 
 def load_kernels(model: str, policy: str, fraction: float, folder: str | os.PathLike | None = None, seed: int = 0) -> Kernels:
     """The kernels trained for `model` under `policy` at a budget of `fraction` of its context.
 
-    `folder` is where `python -m lesslib.train --out` put them; without it, those that come with the package. Raises
-    FileNotFoundError naming what there is, and ValueError for an unknown policy, a damaged file or kernels of other
-    weights than the carried model's.
+    `folder` is where `python -m lesslib.train --out` put them (default: the package's own). Raises FileNotFoundError naming
+    what there is, ValueError for an unknown policy, a damaged file or kernels of other weights than the carried model's.
     """
     policy = get_policy(policy).name
-    path = kernel_path(model, policy, fraction, None if folder is None else Path(folder), seed)
+    path = kernel_path(model, policy, fraction, folder, seed)
     if not path.is_file():
         have = sorted(p.stem for p in path.parent.glob("*.safetensors"))
         raise FileNotFoundError(
@@ -130,8 +110,7 @@ def load_kernels(model: str, policy: str, fraction: float, folder: str | os.Path
             f"train them with python -m lesslib.train --model {model} --policy {policy} --fraction {fraction:g}"
         )
     kernels = Kernels.load(path)
-    if (ASSETS / model / "config.json").is_file():
-        made_for, revision = kernels.header.get("revision"), _revision(ASSETS / model)
-        if made_for != revision:
-            raise ValueError(f"{path.name} was trained for revision {made_for} of {model!r}, the package carries {revision}: train again")
+    made_for, revision = kernels.header.get("revision"), _revision(ASSETS / model)
+    if model in carried_models() and made_for != revision:
+        raise ValueError(f"{path.name} was trained for revision {made_for} of {model!r}, the package carries {revision}: train again")
     return kernels

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.scan import arrivals, gather_tokens, lowrank_attention, merge, sparse_attention
-from .policies import NEVER, Policy, simulate
+from .ops.scan import arrivals, lowrank_attention, merge, sparse_attention
+from .policies import NEVER, Policy, gather_tokens, simulate
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None,
         S = q.shape[2]
         eye = torch.eye(S, dtype=torch.bool, device=q.device)
         mask = (torch.ones(S, S, dtype=torch.bool, device=q.device).tril() & real[:, None, None]) | eye
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
 
 
 def evict(policy: Policy, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, scaling: float | None = None) -> Evicted:
@@ -56,7 +57,9 @@ def recover(evicted: Evicted, phi: Tensor, psi: Tensor, v: Tensor) -> Tensor:
     return merge(evicted.sparse, evicted.logsumexp, numerator, denominator)
 
 
-def less_attention(q: Tensor, k: Tensor, v: Tensor, policy: Policy, kernels=None, real: Tensor | None = None, scaling: float | None = None) -> Tensor:
+def less_attention(
+    q: Tensor, k: Tensor, v: Tensor, policy: Policy, kernels=None, real: Tensor | None = None, scaling: float | None = None
+) -> Tensor:
     """Attention [B, Hq, S, Dv] of a whole sequence under `policy`, with LESS where `kernels` (of this layer) are given.
 
     Equals dense attention when the budget holds the whole sequence.
@@ -68,9 +71,13 @@ def less_attention(q: Tensor, k: Tensor, v: Tensor, policy: Policy, kernels=None
     return out.to(v.dtype)
 
 
-def retained(times: Tensor) -> Tensor:
-    """How many tokens are kept before each query, [B, Hkv, S]: the memory curve of a policy, from its eviction times."""
+def retained(times: Tensor, real: Tensor | None = None) -> Tensor:
+    """How many tokens are kept before each query, [B, Hkv, S]: the memory curve of a policy, from its eviction times.
+
+    `real` [B, S] is False for padding, which is never kept.
+    """
     S = times.shape[-1]
+    entered = torch.ones_like(times, dtype=torch.int64) if real is None else real[:, None].expand_as(times).long()
     leaving = torch.zeros(*times.shape[:-1], S + 1, dtype=torch.int64, device=times.device)
     leaving.scatter_add_(-1, times.long().clamp(max=S), (times < NEVER).long())
-    return torch.arange(S, device=times.device) - leaving[..., :S].cumsum(-1)
+    return entered.cumsum(-1) - entered - leaving[..., :S].cumsum(-1)

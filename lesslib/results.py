@@ -9,10 +9,11 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,17 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with scratch.open("wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(scratch, path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
+        with scratch.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
     except OSError as e:
         fix = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "make that folder writable"
         raise OSError(e.errno, f"cannot write {path} ({e.strerror}): {fix}, or set LESS_RESULTS to another folder") from e
+    finally:  # nothing is left of a write that failed or was interrupted
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
 def check_writable(folder: Path) -> None:
@@ -57,10 +57,9 @@ def check_writable(folder: Path) -> None:
 def write_json(path: str | os.PathLike, obj: object) -> None:
     """Write JSON by atomic rename. Raises ValueError for NaN and infinity, OSError as `write_bytes` does."""
     try:
-        text = json.dumps(obj, indent=1, sort_keys=True, allow_nan=False)
+        write_bytes(path, (json.dumps(obj, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
     except ValueError as e:
         raise ValueError(f"{path} is left as it was: a new value is NaN or infinite ({e}); mend what computed it") from e
-    write_bytes(path, (text + "\n").encode())
 
 
 def write_torch(path: str | os.PathLike, obj: object) -> None:
@@ -71,39 +70,40 @@ def write_torch(path: str | os.PathLike, obj: object) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def load(name: str, profile: str) -> dict | None:
-    """The recorded file of experiment `name`, {"manifest": ..., "points": {key: entry}}, or None where there is none."""
-    path = results_dir(profile) / f"{name}.json"
+def _read(path: Path, whole: Callable[[Any], bool], fix: str) -> Any:
+    """The JSON of a file, None where there is none. Raises ValueError for one that is damaged or not `whole`."""
     try:
-        record = json.loads(path.read_text())
-        if not isinstance(record, dict) or not isinstance(record.get("points"), dict):
-            raise ValueError("no points in it")
-        return record
+        found = json.loads(path.read_text())
+        if not whole(found):
+            raise ValueError("not what belongs there")
+        return found
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e}): restore it with git checkout, or delete it to compute it again") from e
+        raise ValueError(f"{path} is damaged ({e}): {fix}") from e
+
+
+def load(name: str, profile: str) -> dict | None:
+    """The recorded file of experiment `name`, {"manifest": ..., "points": {key: entry}}, or None where there is none."""
+    fix = "restore it with git checkout, or delete it to compute it again"
+    return _read(results_dir(profile) / f"{name}.json", lambda x: isinstance(x, dict) and isinstance(x.get("points"), dict), fix)
 
 
 # ---------------------------------------------------------------- where a result comes from
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout.strip()
-
-
 def _commit() -> str:
     """HEAD, with -dirty when lesslib or the environment differ from it."""
+    command = ["git", "-C", str(ROOT), "status", "--porcelain=2", "--branch", "--", "lesslib", "environment.yml"]
     try:
-        return _git("rev-parse", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--", "lesslib", "environment.yml") else "")
+        lines = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).splitlines()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return lines[0].removeprefix("# branch.oid ") + ("" if lines[-1].startswith("#") else "-dirty")
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def manifest(profile: str, seed: int, data: list[dict], seconds: float) -> dict:
@@ -134,77 +134,62 @@ def sweep(
 ) -> dict:  # fmt: skip
     """Compute the points of experiment `name` that are not recorded yet, one `compute(**parameters)` each; returns the whole file.
 
-    `points` maps a point's name to its parameters (JSON values). Every finished point is on disk before the next begins, so an
-    interrupted sweep resumes. `data()` gives corpus records (see `Corpus.record`) and others with a sha256. Recorded points count as
-    done; when $LESS_LEDGER names a file (as `python -m lesslib.run` does), only those do that this machine computed and noted there.
-    With $LESS_FROM_RESULTS set nothing is computed or loaded, and a point that is not recorded raises FileNotFoundError.
+    `points` maps names to parameters (JSON values); each is on disk before the next begins, so an interrupted sweep resumes. `data()`
+    gives records with a sha256 (see `Corpus.record`). Recorded points count as done; with $LESS_LEDGER (of `lesslib.run`), only those
+    noted in that file, which this machine computed. With $LESS_FROM_RESULTS nothing is computed, a missing point raises FileNotFoundError.
     """
     path, record = results_dir(profile) / f"{name}.json", load(name, profile) or {"points": {}}
     if os.environ.get("LESS_FROM_RESULTS"):
         if missing := [p for p in points if record["points"].get(p, {}).get("parameters") != points[p]]:
             raise FileNotFoundError(f"{path} does not hold {', '.join(missing)}: run once without --from-results")
         return record
-    data_records = data()
-    ledger = Path(os.environ["LESS_LEDGER"]) if "LESS_LEDGER" in os.environ else None
-    here = set(json.loads(ledger.read_text())) if ledger and ledger.is_file() else set()
-    keys = {point: cache_key(parameters, seed, data_records, version) for point, parameters in points.items()}
+    sources, ledger = data(), os.environ.get("LESS_LEDGER")
+    here = _read(Path(ledger), lambda x: isinstance(x, list), "delete it to compute every point again") or [] if ledger else []
+    keys = {p: cache_key(parameters, seed, sources, version) for p, parameters in points.items()}
     recorded = {p: record["points"][p] for p in points if record["points"].get(p, {}).get("cache_key") == keys[p]}
-    done = {p: entry for p, entry in recorded.items() if ledger is None or f"{name}:{p}:{keys[p]}" in here}
-    if len(done) < len(points):
+    done = {p: entry for p, entry in recorded.items() if not ledger or f"{name}:{p}:{keys[p]}" in here}
+    todo = [p for p in points if p not in done]
+    if todo:
         check_writable(path.parent)
-    times = {p: record["points"].get(p, {}).get("seconds") for p in points}
-    for point in [p for p in points if p not in done]:
-        left = [times[p] for p in points if p not in done]
-        known = [t for t in left if t is not None] or [t for p, t in times.items() if p in done and t is not None]
-        seconds_left = sum(known) / len(known) * len(left) if known else None
+    for point in todo:
+        seconds = [e["seconds"] for e in recorded.values()]
+        left = sum(seconds) / len(seconds) * (len(points) - len(done)) if seconds else None
+        _sweep.update(name=name, done=len(done), total=len(points), point=point, seconds_left=left)
         begun = time.time()
-        with _point({"name": name, "done": len(done), "total": len(points), "point": point, "seconds_left": seconds_left}):
+        try:
+            _show(_sweep)
             value = compute(**points[point])
-        times[point] = round(time.time() - begun, 2)
-        done[point] = {"parameters": points[point], "cache_key": keys[point], "seconds": times[point], **value}
-        stamp = manifest(profile, seed, data_records, sum(e["seconds"] for e in done.values()))
-        write_json(path, {"manifest": stamp, "points": {p: done.get(p) or recorded[p] for p in points if p in done or p in recorded}})
-        if ledger is not None:
-            here.add(f"{name}:{point}:{keys[point]}")
+        finally:
+            _sweep.clear()
+        entry = {"parameters": points[point], "cache_key": keys[point], "seconds": round(time.time() - begun, 2), **value}
+        recorded[point] = done[point] = entry
+        stamp = manifest(profile, seed, sources, sum(e["seconds"] for e in done.values()))
+        write_json(path, {"manifest": stamp, "points": recorded})
+        if ledger:
+            here.append(f"{name}:{point}:{keys[point]}")
             write_json(ledger, sorted(here))
     _show({"name": name, "done": len(points), "total": len(points)})
     return load(name, profile) or record
 
 
 # ---------------------------------------------------------------- progress: a file for the runner, a bar for a person
-_sweep: dict[str, Any] | None = None  # the point under way, which the loops inside it belong to
-_bars: dict[str, Any] = {}
-
-
-@contextlib.contextmanager
-def _point(state: dict[str, Any]) -> Iterator[None]:
-    global _sweep
-    _sweep = state
-    _show(state)
-    try:
-        yield
-    finally:
-        _sweep = None
+_sweep: dict[str, Any] = {}  # the point under way, which the loops inside it belong to
+_began: dict[str, float] = {}  # when each loop that has a bar was first heard of
 
 
 def progress(label: str, done: int, total: int) -> None:
     """Say that a loop has done `done` of `total` steps: to the runner through the file $LESS_PROGRESS, else as a bar."""
-    _show({"name": label, "done": done, "total": total} if _sweep is None else {**_sweep, "inside": label, "inside_points": [done, total]})
+    _show(_sweep | {"inside": label, "inside_points": [done, total]} if _sweep else {"name": label, "done": done, "total": total})
 
 
 def _show(state: dict[str, Any]) -> None:
     if file := os.environ.get("LESS_PROGRESS"):
-        return write_json(file, state)
-    if "PYTEST_VERSION" in os.environ or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
-        return None
-    from tqdm import tqdm
+        write_json(file, state)
+    elif "PYTEST_VERSION" not in os.environ and (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        from tqdm import tqdm
 
-    name = state.get("inside", state["name"])
-    done, total = state.get("inside_points", (state["done"], state["total"]))
-    if name not in _bars:
-        _bars[name] = tqdm(total=total, desc=name, leave=False)
-    _bars[name].n = done
-    _bars[name].refresh()
-    if done >= total:
-        _bars.pop(name).close()
-    return None
+        name, (done, total) = state.get("inside", state["name"]), state.get("inside_points", (state["done"], state["total"]))
+        bar = tqdm.format_meter(done, total, time.time() - _began.setdefault(name, time.time()), ncols=79, prefix=name)
+        print(f"\r{bar if done < total else '':<79}", end="\r", file=sys.stderr, flush=True)
+        if done >= total:
+            del _began[name]

@@ -44,15 +44,14 @@ class Recipe:
     seed: int = 0
 
     @classmethod
-    def of(cls, profile: Profile, **changes) -> Recipe:
-        names = ("kernel_size", "hidden", "epochs", "halve_every", "lr", "dropout")
-        return replace(cls(**{n: getattr(profile, n) for n in names}, batch=profile.train_batch), **changes)
+    def of(cls, profile: Profile, seed: int) -> Recipe:
+        p = profile
+        return cls(p.kernel_size, p.hidden, p.epochs, p.halve_every, p.lr, p.dropout, p.train_batch, seed)
 
-    def check(self) -> None:
-        """Raises ValueError naming a setting that cannot work."""
+    def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not (0 <= value < 1 if name == "dropout" else value >= 0 if name == "seed" else value > 0):
-                raise ValueError(f"recipe {name}={value!r}: {'a share in [0, 1)' if name == 'dropout' else 'must be positive'}")
+            if not (0 <= value < 1 if name == "dropout" else value > 0 or name == "seed"):
+                raise ValueError(f"recipe {name}={value!r}: {'it is a share in [0, 1)' if name == 'dropout' else 'it must be positive'}")
 
 
 @dataclass
@@ -200,7 +199,6 @@ def train(
     that the windows never fill, a recipe that cannot work, or a damaged part.
     """
     shape = model_shape(model)
-    recipe.check()
     policy.check(shape["context"])
     if policy.budget is None or policy.budget >= windows.shape[1]:
         raise ValueError(f"{policy}: windows of {windows.shape[1]} tokens never fill the budget: use a smaller budget or longer windows")
@@ -246,8 +244,7 @@ def train_for_profile(
 
     `length` is in tokens a window (default: the context). Raises what `train`, `load_model` and `load_corpus` raise.
     """
-    recipe = Recipe.of(profile, seed=seed)
-    recipe.check()
+    recipe = Recipe.of(profile, seed)
     model, tokenizer = load_model(profile.model, device)
     context = model_shape(model)["context"]
     chosen, corpora = get_policy(policy).from_fraction(fraction, context), [load_corpus(name) for name in profile.training]

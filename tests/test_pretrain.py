@@ -156,7 +156,7 @@ def test_windows_stay_inside_documents_that_are_long_enough():
     tokens = np.concatenate([[0, *(np.arange(n - 1) + 100 * (i + 1))] for i, n in enumerate(lengths)]).astype(np.uint16)
     windows, begins = Windows(tokens, 8, 0), np.concatenate([[0], np.cumsum(lengths)])
     drawn = [windows.at(p) for p in range(len(tokens))] + [windows.draw(rng) for _ in range(50)]
-    assert all(len(w) == 8 and w.dtype == np.int64 for w in drawn)
+    assert all(len(w) == 8 and w.dtype == np.int64 and w[0] == 0 for w in drawn)
     for position in range(len(tokens)):
         document = int(np.searchsorted(begins, position, side="right")) - 1
         if lengths[document] >= 8:

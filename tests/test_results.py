@@ -99,6 +99,14 @@ def test_with_a_ledger_only_points_that_this_machine_computed_count(home, monkey
     assert nothing.calls == []
 
 
+@pytest.mark.parametrize("content", ["", "[", "{}"])
+def test_a_damaged_ledger_is_named_with_the_fix(home, monkeypatch, content):
+    (home / "ledger.json").write_text(content)
+    monkeypatch.setenv("LESS_LEDGER", str(home / "ledger.json"))
+    with pytest.raises(ValueError, match=r"ledger\.json is damaged .*delete it"):
+        run(lambda x: pytest.fail("computed"))
+
+
 def test_from_results_computes_nothing_and_names_what_is_missing(monkeypatch):
     monkeypatch.setenv("LESS_FROM_RESULTS", "1")
     compute = Compute()

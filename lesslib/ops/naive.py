@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def naive_attention(
-    q: Tensor, k: Tensor, v: Tensor, policy, phi: Tensor | None = None, psi: Tensor | None = None, real: Tensor | None = None, scaling: float | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, policy, phi: Tensor | None = None, psi: Tensor | None = None,
+    real: Tensor | None = None, scaling: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [B, Hq, S, Dv] and eviction times [B, Hkv, S] of a policy, with LESS where `phi` and `psi` are given.
 
     q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]; phi [B, Hq, S, R] and psi [B, Hkv, S, R] are the kernels'
@@ -24,8 +25,10 @@ def naive_attention(
     for b in range(B):
         kept: list[list[int]] = [[] for _ in range(Hkv)]
         score: list[dict[int, float]] = [{} for _ in range(Hkv)]
-        H = torch.zeros(Hkv, 0 if psi is None else psi.shape[-1], v.shape[-1], dtype=q.dtype)
-        z = torch.zeros(Hkv, H.shape[1], dtype=q.dtype)
+        H, z = [torch.zeros(())] * Hkv, [torch.zeros(())] * Hkv
+        if psi is not None:
+            H = [torch.zeros(psi.shape[-1], v.shape[-1], dtype=q.dtype)] * Hkv
+            z = [torch.zeros(psi.shape[-1], dtype=q.dtype)] * Hkv
         tokens = [t for t in range(S) if real is None or real[b, t]]
         for t in set(range(S)) - set(tokens):
             out[b, :, t] = v[b, :, t].repeat_interleave(G, 0)  # a padded query attends itself
@@ -65,6 +68,6 @@ def naive_attention(
                 kept[h].remove(leaver)
                 times[b, h, leaver] = t + 1
                 if psi is not None:
-                    H[h] += torch.outer(psi[b, h, leaver], v[b, h, leaver])
-                    z[h] += psi[b, h, leaver]
+                    H[h] = H[h] + torch.outer(psi[b, h, leaver], v[b, h, leaver])  # a new tensor: gradients need the old one
+                    z[h] = z[h] + psi[b, h, leaver]
     return out, times

@@ -10,54 +10,14 @@ import math
 import torch
 from torch import Tensor
 
+from ..policies import block_keys, block_logits, gather_tokens
+
 CHUNK = 64
 
 
-def block_keys(evicted_at: Tensor, start: int, stop: int, budget: int, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys that queries start..stop-1 may attend: (index, valid), each [B, Hkv, n + stop - start] with n = min(C, start).
-
-    First up to C tokens older than `start` that are still kept at `start`, in order of position, then the block's own.
-    `evicted_at` [B, Hkv, S]; `real` [B, S] is False for padding. Invalid entries point at arbitrary tokens.
-    """
-    B, Hkv, _ = evicted_at.shape
-    own = torch.arange(start, stop, device=evicted_at.device)
-    alive = (evicted_at[..., :start] > start) & real[:, None, :start]
-    n = min(budget, start)
-    slot = (alive.cumsum(-1) - 1).masked_fill(~alive, n)
-    older = torch.zeros(B, Hkv, n + 1, dtype=torch.int64, device=own.device)
-    older.scatter_(2, slot, torch.arange(start, device=own.device).expand(B, Hkv, -1))
-    index = torch.cat([older[..., :n], own.expand(B, Hkv, -1)], -1)
-    valid = torch.arange(n, device=own.device) < alive.sum(-1, keepdim=True)
-    return index, torch.cat([valid, real[:, None, start:stop].expand(B, Hkv, -1)], -1)
-
-
-def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, H, S, D] at token `index` [B, H, N] -> [B, H, N, D]."""
-    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
-
-
-def block_logits(q: Tensor, k: Tensor, index: Tensor, scaling: float) -> Tensor:
-    """Scaled logits [B, Hkv, G, b, N] of queries q [B, Hq, b, D] against keys k [B, Hkv, S, D] at `index` [B, Hkv, N]; float32 or wider."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    Hkv = k.shape[1]
-    grouped = q.unflatten(1, (Hkv, q.shape[1] // Hkv)).to(dtype)
-    return grouped @ gather_tokens(k, index).to(dtype).transpose(-1, -2)[:, :, None] * scaling
-
-
-@torch.no_grad()
-def dense_logsumexp(q: Tensor, k: Tensor, real: Tensor, scaling: float) -> Tensor:
-    """log-sum-exp of every causal row of dense attention, [B, Hkv, G, S], in blocks of queries (never S x S at once)."""
-    S, rows = q.shape[2], []
-    for start in range(0, S, CHUNK):
-        stop = min(start + CHUNK, S)
-        index = torch.arange(stop, device=q.device).expand(*k.shape[:2], stop)
-        logits = block_logits(q[:, :, start:stop], k, index, scaling)
-        seen = index[..., None, None, :] <= torch.arange(start, stop, device=q.device)[:, None]
-        rows.append(logits.masked_fill(~(seen & real[:, None, None, None, :stop]), -math.inf).logsumexp(-1))
-    return torch.cat(rows, -1)
-
-
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, budget: int, real: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, evicted_at: Tensor, budget: int, real: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
     """Softmax attention over the kept tokens and the current one.
 
     q [B, Hq, S, D]; k, v [B, Hkv, S, D]; `evicted_at` [B, Hkv, S] of a policy with `budget` slots; `real` [B, S].
@@ -92,13 +52,13 @@ def lowrank_attention(phi: Tensor, psi: Tensor, v: Tensor) -> tuple[Tensor, Tens
     phi [B, Hq, S, R]; psi [B, Hkv, S, R] and v [B, Hkv, S, Dv] in order of ARRIVAL, zero psi where nothing arrives.
     Returns the numerator [B, Hq, S, Dv] and the denominator [B, Hq, S]. A chunked scan, O(S R Dv).
     """
-    B, Hkv, S, R = psi.shape
+    Hkv, S = psi.shape[1:3]
     pad = -S % CHUNK
     phi, psi, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, CHUNK)) for x in (phi, psi, v))
     phi = phi.unflatten(1, (Hkv, -1))  # [B, Hkv, G, n, chunk, R]
     v = torch.nn.functional.pad(v, (0, 1), value=1.0)  # a column of ones carries z beside H
     states = psi.transpose(-1, -2) @ v  # [B, Hkv, n, R, Dv + 1]
-    before = (states.cumsum(2) - states)[:, :, None]
+    before = torch.nn.functional.pad(states.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))[:, :, None]
     inside = (phi @ psi.transpose(-1, -2)[:, :, None]).tril() @ v[:, :, None]
     out = (phi @ before + inside).flatten(3, 4).flatten(1, 2)[:, :, :S]
     return out[..., :-1], out[..., -1]

@@ -1,0 +1,47 @@
+"""What every test may count on: offline, one thread, the smoke profile, results in a temporary folder, a fixed seed."""
+import os
+import shutil
+import tempfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+# Before lesslib or transformers are imported, and in the environment itself: notebooks and subprocesses see it too.
+os.environ.update(HF_HUB_OFFLINE="1", LESS_PROFILE="smoke", LESS_RESULTS=tempfile.mkdtemp(prefix="less-tests-"))
+for name in ("LESS_LEDGER", "LESS_PROGRESS", "LESS_FROM_RESULTS"):
+    os.environ.pop(name, None)
+SESSION_RESULTS = os.environ["LESS_RESULTS"]
+torch.set_num_threads(1)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(SESSION_RESULTS, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("LESS_RESULTS", str(tmp_path_factory.mktemp("results")))
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def sequences():
+    """A function that draws q, k, v and features phi, psi in float64, and `real` with False where `pads` [B] says (left padding).
+
+    The first coordinate weighs every key, later ones more on average: heavy hitters keep changing, as they would not with
+    plain noise, where the first tokens hold their scores for good.
+    """
+
+    def draw(B=2, Hq=4, Hkv=2, S=37, D=5, Dv=4, R=3, pads=None, seed=0, spread=1.0):
+        def normal(*size):
+            return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v = normal(B, Hq, S, D), normal(B, Hkv, S, D), normal(B, Hkv, S, Dv)
+        q[..., 0] = D**0.5
+        k[..., 0] = 12 * torch.rand(B, Hkv, S, generator=generator, dtype=torch.float64) * torch.linspace(0, 1, S, dtype=torch.float64)
+        real = None if pads is None else torch.arange(S) >= torch.tensor(pads)[:, None]
+        return SimpleNamespace(q=q, k=k * spread, v=v, phi=normal(B, Hq, S, R).abs(), psi=normal(B, Hkv, S, R).abs(), real=real)
+
+    return draw

@@ -1,0 +1,130 @@
+"""Experiments, claims and plots: the oracle of Figure 3 is exact, every verdict can hold and can fail, pictures come from JSON alone."""
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from lesslib import claims, experiments, plots
+from lesslib.paper import PAPER, table2, table7
+from lesslib.parallel import dense_attention
+from lesslib.results import ROOT
+
+
+def test_topk_with_every_key_is_dense_attention_and_with_one_is_the_heaviest_value():
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, 23, 8, dtype=torch.float64)
+    k, v = (torch.randn(1, 2, 23, 8, dtype=torch.float64) for _ in range(2))
+    full, every = experiments.topk_outputs(q, k, v, 8**-0.5, 23)
+    assert torch.allclose(full, dense_attention(q, k, v))
+    assert torch.allclose(every, full)
+    _, one = experiments.topk_outputs(q, k, v, 8**-0.5, 1)
+    heaviest = (q[0, 3, 10] @ k[0, 1, :11].T).argmax()
+    assert torch.allclose(one[0, 3, 10], v[0, 1, heaviest])
+
+
+def test_best_of_rank_leaves_exactly_the_smaller_singular_values():
+    x = torch.randn(3, 20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    values = torch.linalg.svdvals(x)
+    for rank in range(1, 7):
+        left = (x - experiments.best_of_rank(x, rank)).square().sum((1, 2))
+        assert torch.allclose(left, values[:, rank:].square().sum(1), atol=1e-10)
+
+
+def row(nll: float, *more: float) -> dict:
+    by_document = [[100 * (nll + d), 100] for d in (0.0, 0.1, *more)]
+    log_ppl = sum(n for n, _ in by_document) / (100 * len(by_document))
+    return {"token_ppl": math.exp(log_ppl), "by_document": by_document, "by_position": [log_ppl] * 4}
+
+
+@pytest.mark.parametrize(("ours", "performer", "expected"), [(1.2, 1.95, [True] * 4), (1.9, 1.2, [False] * 4)])
+def test_verdicts_of_a_table_hold_and_fail(ours, performer, expected):
+    rows = {"Baseline": row(2.0), "Baseline+": row(1.8), "Performer": row(performer), "LESS (5%)": row(ours)}
+    found = claims.perplexity_table(row(1.0), rows, "LESS (5%)", "here")
+    assert [v.holds for v in found] == expected
+    assert str(found[0]).startswith("holds" if expected[0] else "FAILS")
+
+
+@pytest.mark.parametrize("worse", [0.3, -0.3])
+def test_kernels_trained_at_another_budget_are_compared_with_those_trained_at_it(worse):
+    points = {"c/Full": row(1.0)}
+    for f in ("2%", "10%"):
+        methods = {"Baseline": 2.0, "Baseline+": 1.9, "LESS (2%)": 1.3, "LESS (10%)": 1.3 + worse}
+        points |= {f"c/{f}/{m}": row(x) for m, x in methods.items()}
+    found = claims.language_modeling({"points": points}, ["c"], [0.1, 0.02])
+    assert len(found) == 5
+    assert found[-1].holds == (worse > 0)
+    shares = claims.shares(points)
+    assert shares["c", "2%", "LESS (2%)"][0] == "70.0%"
+    assert ("c", "2%", "Baseline") not in shares
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_verdicts_of_figure_3_hold_and_fail(low):
+    decay = [0.5**i for i in range(8)] if low else [1.0] * 8
+    layers = {"0": {"full": [0.9**i for i in range(8)], "residual": decay}}
+    points: dict = {"singular values": {"parameters": {"what": "singular values"}, "layers": layers}}
+    points["full"] = {"parameters": {"what": "perplexity", "fraction": 1.0}, "token_ppl": 10.0}
+    for rank, ppl in ((0, 20.0), (4, 11.0 if low else 19.0)):
+        points[f"rank {rank}"] = {"parameters": {"what": "perplexity", "fraction": 0.05, "rank": rank}, "token_ppl": ppl}
+    found = claims.low_rank_residuals({"points": points})
+    assert [v.holds for v in found] == [low] * 3
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_verdicts_of_training_hold_and_fail(good):
+    layers = {"0": {"best": 0.2 if good else 1.2, "baseline_plus": 0.9}}
+    assert [v.holds for v in claims.training_kernels({"points": {"h2o 5%": {"layers": layers}}})] == [good] * 2
+    seconds = {512: (1, 10), 1024: (2, 60 if good else 40), 2048: (4, 400 if good else 30), 4096: (8, None)}
+    points = {}
+    for n, (ours, stepwise) in seconds.items():
+        peak = n if good else n * n
+        points[f"ours {n}"] = {"parameters": {"scheme": "ours", "length": n}, "seconds_epoch": ours, "peak_mib": peak}
+        if stepwise:
+            points[f"stepwise {n}"] = {"parameters": {"scheme": "stepwise", "length": n}, "seconds_epoch": stepwise, "peak_mib": peak}
+    assert [v.holds for v in claims.training_speed({"points": points})] == [good] * 3
+
+
+def test_the_papers_cells_are_found_by_our_names():
+    assert table2("WikiText", 0.02, "LESS (2%)") == PAPER["table2"]["WikiText"]["LESS (2%)"][0]
+    assert table2("PG-19", 0.1, "Performer") == PAPER["table2"]["PG-19"]["H2O+Performer"][2]
+    assert table7("WikiText", "tova", "Baseline") == PAPER["table7"]["WikiText"]["Baseline"][2]
+    with pytest.raises(KeyError):
+        table2("WikiText", 0.02, "SnapKV")
+
+
+@pytest.mark.parametrize("profile", ["tiny", "wild"])
+def test_every_recorded_result_draws_and_is_complete(profile, monkeypatch, tmp_path):
+    """`--from-results`: no compute, and the recorded points are those that the experiments ask for."""
+    recorded = ROOT / "results" / profile
+    if profile == "wild" and not (recorded / "sparse_policies.json").is_file():
+        pytest.skip("this copy carries no wild results")
+    monkeypatch.setenv("LESS_RESULTS", str(tmp_path))
+    monkeypatch.setenv("LESS_FROM_RESULTS", "1")
+    (tmp_path / profile).mkdir()
+    for path in recorded.glob("*.json"):
+        os.symlink(path, tmp_path / profile / path.name)
+    monkeypatch.setattr(experiments, "load_model", lambda *a: pytest.fail("a model was loaded"))
+    record = experiments.language_modeling(profile)
+    corpora, fractions = list(experiments.get_profile(profile).evaluation), list(experiments.get_profile(profile).fractions)
+    figure = plots.save(plots.perplexity_by_budget(record, corpora, fractions), profile, "budget")
+    assert len(figure.axes) == len(corpora)
+    assert (tmp_path / profile / "figures" / "budget.png").stat().st_size > 10_000
+    plots.save(plots.training_curves(experiments.training_kernels(profile)), profile, "curves")
+    plots.save(plots.low_rank_residuals(experiments.low_rank_residuals(profile)), profile, "residuals")
+    rows = plots.cells(experiments.tour(profile), f"{corpora[0]}/5%")
+    assert list(rows) == ["Full", "Baseline", "Baseline+", "LESS (5%)"]
+    assert json.loads((recorded / "tour.json").read_text())["manifest"]["profile"] == profile
+    assert set(experiments.sparse_policies(profile)["points"]) == {
+        f"{c}/{p}/{m}" for c in corpora for p in ("lambda", "tova") for m in ("Baseline", "Baseline+", "LESS (5%)")
+    }
+
+
+def test_tables_and_orders_for_readers():
+    text = plots.table(["a", "b"], [["x", 1.23456], [None, 2]]).data
+    assert text.splitlines() == ["| a | b |", "| --- | --- |", "| x | 1.235 |", "| – | 2 |"]  # noqa: RUF001
+    points = {f"c/2%/{m}": {} for m in ("LESS (10%)", "Performer", "LESS (2%)", "Baseline+", "Baseline")}
+    assert list(plots.cells({"points": points}, "c/2%")) == ["Baseline", "Baseline+", "Performer", "LESS (2%)", "LESS (10%)"]

@@ -1,0 +1,83 @@
+"""The house rules that a program can check: style, types, size, and which file may import what."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lesslib.results import ROOT
+
+PACKAGE = ROOT / "lesslib"
+FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
+# From the top down; a file imports only from its own line or from lines below. models.py stands above kernels.py because the zoo
+# also loads the kernels that were trained for its models.
+ORDER = [
+    {"run"}, {"experiments", "claims", "plots"}, {"train", "evaluate", "bench", "pretrain"}, {"hf"}, {"cache", "parallel"},
+    {"ops", "ops.naive", "ops.scan", "ops.triton"}, {"models"}, {"policies", "kernels"}, {"data", "paper", "profiles", "results"},
+]  # fmt: skip
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+
+
+def module(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(file: str) -> set[tuple[str, str]]:
+    """(module, name) of all that a file imports, inside functions too; the name is "" for `import module`."""
+    found: set[tuple[str, str]] = set()
+    here = ["lesslib", *Path(file).parts[:-1]]
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*here[: len(here) - node.level + 1], *filter(None, [node.module])]) if node.level else str(node.module)
+            found |= {(base, alias.name) for alias in node.names}
+    return found
+
+
+def upward(file: str) -> set[str]:
+    """Modules of lesslib that `file` imports from a line above its own."""
+    used = {part.removeprefix("lesslib.") for base, name in imports(file) for part in (base, f"{base}.{name}")} & set(LEVEL)
+    return {name for name in used if LEVEL[name] < LEVEL[module(file)]}
+
+
+def inside_transformers(file: str) -> set[tuple[str, str]]:
+    """What `file` imports from transformers beyond the public names of its top level, which are classes, and its logging."""
+    found = {(base, name) for base, name in imports(file) if base.split(".")[0] == "transformers"}
+    return {(b, n) for b, n in found if b != "transformers" or not (n == "" or n[0].isupper() or n == "logging")}
+
+
+@pytest.mark.parametrize("tool", [("ruff", "check", "."), ("mypy",)], ids=["ruff", "mypy"])
+def test_style_and_types_are_clean(tool):
+    done = subprocess.run([sys.executable, "-m", *tool], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_lesslib_stays_small():
+    assert sum(len((PACKAGE / f).read_text().splitlines()) for f in FILES) < 2500
+
+
+def test_every_file_has_its_place_in_the_order():
+    assert {module(f) for f in FILES} - {"__init__"} <= set(LEVEL)
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f != "__init__.py"])
+def test_imports_run_downwards(file):
+    assert upward(file) == set()
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f != "hf.py"])
+def test_only_hf_knows_the_inside_of_transformers(file):
+    bases = {("transformers.cache_utils", "Cache"), ("transformers.cache_utils", "CacheLayerMixin")} if file == "cache.py" else set()
+    assert inside_transformers(file) - bases == set()
+
+
+def test_the_checks_above_see_what_they_are_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "ops").mkdir()
+    lines = ["def f():", "    from ..hf import less", "    from . import scan", "    from .. import train",
+             "from ..results import load", "import transformers.masking_utils", "from transformers import AutoModel, logging, masking_utils"]  # fmt: skip
+    (tmp_path / "ops" / "naive.py").write_text("\n".join(lines))
+    assert upward("ops/naive.py") == {"hf", "train"}
+    assert inside_transformers("ops/naive.py") == {("transformers.masking_utils", ""), ("transformers", "masking_utils")}
