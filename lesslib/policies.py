@@ -11,7 +11,9 @@ stay. Shapes: B batch, Hkv key-value heads, G query heads per key-value head, S 
 """
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -267,7 +269,19 @@ def dense_logsumexp(q: Tensor, k: Tensor, real: Tensor, scaling: float) -> Tenso
     return torch.cat(rows, -1)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread within the context: over many tiny operations, waking the others costs more than they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @torch.no_grad()
+@one_thread()
 def simulate(policy: Policy, q: Tensor, k: Tensor, real: Tensor | None = None, scaling: float | None = None) -> Tensor:
     """Eviction times [B, Hkv, S] (int32, `NEVER` for tokens that stay) of `policy` along whole sequences.
 
