@@ -37,11 +37,11 @@ class Profile:
 PROFILES = {
     p.name: p
     for p in (
-        Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=2, max_windows=8, fractions=(0.05,),
-                quick=True, sequences=24, validation=4, epochs=6, halve_every=2),
+        Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=2, max_windows=6, fractions=(0.05,),
+                quick=True, train_batch=2, sequences=12, validation=4, epochs=3, halve_every=1),
         Profile("tiny", "two CPU cores, offline, 15 min"),
         Profile("wild", "two CPU cores, 60 min, $LESS_DATA or the hub", evaluation=("wikitext2", "books"), training=("c4",),
-                windows_per_document=12, max_windows=120, sequences=512, validation=16, epochs=8, halve_every=2, disk_gib=6.0),
+                windows_per_document=6, max_windows=60, sequences=208, validation=16, epochs=6, halve_every=2, disk_gib=3.0),
         Profile("paper", "one 80 GiB GPU, the hub, hours", model="meta-llama/Llama-2-7b-hf",
                 evaluation=("wikitext2", "books"), training=("c4",), windows_per_document=64, max_windows=10_000, batch=1,
                 hidden=512, sequences=512, validation=32, epochs=40, halve_every=10, lr=1e-3, dropout=0.3, train_batch=2,

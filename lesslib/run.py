@@ -25,6 +25,8 @@ from .results import ROOT, check_writable, results_dir, write_bytes, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
 PARAMETERS = {"profile", "seed"}
+# With the long default spins, threads that share a busy core wait for each other for seconds.
+SHORT_SPINS = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
 QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
@@ -172,7 +174,7 @@ def environment(profile: str, **more: str) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in ("LESS_LEDGER", "LESS_FROM_RESULTS", "LESS_PROGRESS", "JUPYTER_PATH")}
     env |= {name: os.path.abspath(env[name]) for name in ("LESS_DATA", "LESS_RESULTS") if env.get(name)}
     path = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    return env | {"LESS_PROFILE": profile, "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"} | more
+    return env | {"LESS_PROFILE": profile, "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1", **SHORT_SPINS} | more
 
 
 def execute(notebook: Notebook, out: Path, parameters: dict[str, Any]) -> Any:

@@ -77,7 +77,8 @@ def test_the_checks_above_see_what_they_are_for(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     (tmp_path / "ops").mkdir()
     lines = ["def f():", "    from ..hf import less", "    from . import scan", "    from .. import train",
-             "from ..results import load", "import transformers.masking_utils", "from transformers import AutoModel, logging, masking_utils"]  # fmt: skip
+             "from ..results import load", "import transformers.masking_utils",
+             "from transformers import AutoModel, logging, masking_utils"]  # fmt: skip
     (tmp_path / "ops" / "naive.py").write_text("\n".join(lines))
     assert upward("ops/naive.py") == {"hf", "train"}
     assert inside_transformers("ops/naive.py") == {("transformers.masking_utils", ""), ("transformers", "masking_utils")}
