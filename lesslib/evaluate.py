@@ -26,10 +26,10 @@ class Window:
 
 
 def evaluation_windows(corpus: Corpus, tokenizer, length: int, per_document: int, limit: int) -> list[Window]:
-    """Non-overlapping windows of at most `length` tokens: up to `per_document` spread evenly over each document, up to `limit` in all.
+    """Separate windows of at most `length` tokens: up to `per_document` spread evenly over each document, up to `limit` in all.
 
     Every token is scored but a window's first (beginning of sequence, where the tokenizer has one). A word belongs to the window
-    in which it begins, so that none counts twice. Raises ValueError when no document fills one window.
+    in which it begins. Raises ValueError when no document fills one window.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     step, windows, longest = length - len(bos), [], 0

@@ -61,10 +61,8 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The model's causal attention modules by layer index. Raises TypeError for a model outside the attention interface."""
     found: dict[int, nn.Module] = {}
     if isinstance(model, PreTrainedModel) and model._can_set_attn_implementation() and not model.config.is_encoder_decoder:
-        for module in model.modules():
-            layer = getattr(module, "layer_idx", None)
-            if isinstance(layer, int) and getattr(module, "is_causal", False):
-                found[layer] = module
+        causal = [module for module in model.modules() if getattr(module, "is_causal", False)]
+        found = {module.layer_idx: module for module in causal if isinstance(getattr(module, "layer_idx", None), int)}  # type: ignore[misc]
     if not found:
         raise TypeError(f"{type(model).__name__} is not a decoder on transformers' attention interface; lesslib works with {WORKS}")
     return found
@@ -73,8 +71,8 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 def output_projection(module: nn.Module) -> nn.Linear:
     """The linear map W_O after attention, whatever the architecture calls it. Raises TypeError when there is none."""
     for name in ("o_proj", "dense", "out_proj", "c_proj"):
-        if isinstance(getattr(module, name, None), nn.Linear):
-            return getattr(module, name)
+        if isinstance(projection := getattr(module, name, None), nn.Linear):
+            return projection
     raise TypeError(f"{type(module).__name__} has no output projection called o_proj, dense, out_proj or c_proj")
 
 

@@ -169,8 +169,8 @@ class Kernels(nn.Module):
             raise ValueError(f"{path}: its header is damaged ({type(e).__name__}: {e}); delete the file and train again") from e
         wanted, found = ({n: tuple(t.shape) for n, t in each.items()} for each in (kernels.state_dict(), tensors))
         for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                have, says = found.get(name, "missing"), wanted.get(name, "not to be there")
+            have, says = found.get(name, "missing"), wanted.get(name, "not to be there")
+            if have != says:
                 raise ValueError(f"{path}: {name} is {have}, the header says {says}; delete the file and train again")
             if not tensors[name].isfinite().all():
                 raise ValueError(f"{path}: {name} holds NaN or infinite weights; delete the file and train again")

@@ -40,11 +40,10 @@ def _revision(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as f:
-            for start in (0, max(0, size - (1 << 20))):
-                f.seek(start)
-                digest.update(f.read(1 << 20))
+            digest.update(f"{path.name} {size}".encode() + f.read(1 << 20))
+            f.seek(max(0, size - (1 << 20)))
+            digest.update(f.read(1 << 20))
     return digest.hexdigest()[:12]
 
 

@@ -1,8 +1,7 @@
 """Who leaves the cache: Full, H2O, Lambda, TOVA, and the eviction times they give a whole sequence.
 
-A policy is one online step over slots: `observe` the newest query's probabilities, then name the `victim`. `simulate` runs
-that step along a sequence and returns the time each token leaves: keep(t, j) = j <= t < evicted_at[j], `NEVER` for those that
-stay. The newest token is attended on top of the budget C; after its query the cache is brought back to C slots.
+A policy `observe`s the newest query's probabilities, then names the `victim`; `simulate` runs that step along a sequence:
+keep(t, j) = j <= t < evicted_at[j]. The newest token is attended on top of the budget C, and then the cache is brought back to C.
 Shapes: B batch, Hkv key-value heads, G query heads per key-value head, S tokens, N slots, D head size.
 """
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-NEVER = torch.iinfo(torch.int32).max
+NEVER = torch.iinfo(torch.int32).max  # the eviction time of tokens that stay
 BLOCK = 64  # queries whose logits are computed at once
 
 
@@ -251,21 +250,18 @@ def simulate(policy: Policy, q: Tensor, k: Tensor, real: Tensor | None = None, s
     real = torch.ones(B, S, dtype=torch.bool, device=device) if real is None else real
     padded, dense_rows = not bool(real.all()), isinstance(policy, H2O) and policy.scores == "full"
     position = (real.int().cumsum(-1, dtype=torch.int32) - 1).masked_fill(~real, -1)  # counted from the first real token
-    one_leaves = position >= budget  # [B, S]: the cache overflows at this query
-    leaves_at = torch.arange(1, S + 1, dtype=torch.int32, device=device).where(one_leaves, NEVER)
-    empties = torch.where(one_leaves, -1, NEVER).int()
+    overflows = position >= budget  # [B, S]: one leaves after this query
+    leaves_at = torch.arange(1, S + 1, dtype=torch.int32, device=device).where(overflows, NEVER)
+    empties = torch.where(overflows, -1, NEVER).int()
     token_score = torch.zeros(B, Hkv, S + 1, dtype=torch.promote_types(q.dtype, torch.float32), device=device)
     for start in range(0, S, BLOCK):
         stop = min(start + BLOCK, S)
         index, alive = block_keys(times, start, stop, budget, real)  # [B, Hkv, N]: the kept tokens, then the block's own
-        score, victims = token_score.gather(2, index), []
-        kept = min(budget, start)
+        score, victims, kept = token_score.gather(2, index), [], min(budget, start)
         where = position[:, None].expand(B, Hkv, S).gather(2, index).masked_fill(~alive, -1)
         where[..., kept:] = -1  # the block's tokens arrive one at a time
         if policy.needs_probabilities:
             logits = block_logits(q[:, :, start:stop], k, index, scaling)
-            if padded:
-                logits.masked_fill_(~real[:, None, None, start:stop, None], -math.inf)
             normaliser = dense_logsumexp(q, k, start, stop, real, scaling) if dense_rows else None
         for i, t in enumerate(range(start, stop)):
             now = position[:, None, None, t]
@@ -273,7 +269,9 @@ def simulate(policy: Policy, q: Tensor, k: Tensor, real: Tensor | None = None, s
             if policy.needs_probabilities:
                 row = logits[..., i, :].masked_fill((where < 0)[:, :, None], -math.inf)
                 probabilities = row.softmax(-1) if normaliser is None else (row - normaliser[..., i, None]).exp()
-                score = policy.observe(score, probabilities.nan_to_num(0.0) if padded else probabilities)
+                if padded:
+                    probabilities = probabilities.masked_fill(~real[:, t, None, None, None], 0.0)
+                score = policy.observe(score, probabilities)
             if t >= budget:
                 victims.append(policy.victim(score, where, now)[..., None])
                 where.scatter_reduce_(2, victims[-1], empties[:, None, t, None].expand(B, Hkv, 1), "amin")
