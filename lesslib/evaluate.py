@@ -26,10 +26,10 @@ class Window:
 
 
 def evaluation_windows(corpus: Corpus, tokenizer, length: int, per_document: int, limit: int) -> list[Window]:
-    """Non-overlapping windows of at most `length` tokens: up to `per_document` spread evenly over each document, up to `limit` in all.
+    """Separate windows of at most `length` tokens: up to `per_document` spread evenly over each document, up to `limit` in all.
 
     Every token is scored but a window's first (beginning of sequence, where the tokenizer has one). A word belongs to the window
-    in which it begins, so that none counts twice. Raises ValueError when no document fills one window.
+    in which it begins. Raises ValueError when no document fills one window.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     step, windows, longest = length - len(bos), [], 0
@@ -57,9 +57,9 @@ def _spread(n: int, count: int) -> list[int]:
 def perplexity(model, windows: list[Window], batch: int = 8) -> dict:
     """Score every window with `model`, whatever attention it runs under; shorter ones are padded on the right.
 
-    Returns token_ppl and word_ppl (exp of the total negative log-likelihood over tokens or words), log_ppl (nats a token) with
-    its standard error over documents (None where there is only one), the totals, [nll, tokens] by document, and the mean loss in
-    nats by position, in bins of POSITION_BIN. Raises FloatingPointError for a loss that is not finite.
+    Returns token_ppl and word_ppl (exp of the total loss over tokens or words), log_ppl (nats a token) with its standard error over
+    documents (None for only one), the totals, [nll, tokens] by document, and the mean loss by position, in bins of POSITION_BIN.
+    Raises FloatingPointError for a loss that is not finite.
     """
     losses = np.zeros((len(windows), max(len(w.ids) for w in windows) - 1))
     for rows in np.array_split(np.argsort([-len(w.ids) for w in windows], kind="stable"), range(batch, len(windows), batch)):
@@ -88,8 +88,8 @@ def perplexity(model, windows: list[Window], batch: int = 8) -> dict:
 def gap_closed(full: dict, baseline: dict, method: dict, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     """The share of the gap in log perplexity between `baseline` and `full` that `method` closes, with a 95% interval.
 
-    The interval is a paired bootstrap over documents: every resample takes the same documents of all three. Raises
-    ValueError for results on other windows, or where the baseline loses nothing.
+    The interval is a bootstrap over documents, the same of all three in a resample. Raises ValueError for results on different
+    windows, or where the baseline loses nothing.
     """
     by_document = np.array([result["by_document"] for result in (full, baseline, method)])  # [3, documents, (nll, tokens)]
     sums, tokens = by_document[..., 0], by_document[..., 1]

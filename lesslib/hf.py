@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,40 +28,28 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         raise RuntimeError(f"{type(module).__name__} reached lesslib's attention outside `with less(...)`: run it within that context")
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"{what} ({name}) of {type(module).__name__} is not implemented in lesslib: use a model without it")
+            raise NotImplementedError(f"{what} ({name}) of {type(module).__name__} is not implemented: use a model without it")
     if dropout:
         raise ValueError(f"attention dropout is {dropout}: call model.eval() first")
     if query.shape[2] != key.shape[2]:
-        raise ValueError(
-            f"{query.shape[2]} queries meet {key.shape[2]} keys, but mode='parallel' scores whole sequences in one forward: "
-            "generate outside this context, and call the model without past_key_values in it"
-        )
+        raise ValueError("mode='parallel' scores whole sequences, without past_key_values: generate outside this context")
     if sliding_window is not None and sliding_window < key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(
-            f"attention_mask has {attention_mask.dim()} dimensions: pass a 2D mask [batch, tokens], 1 for tokens and 0 for padding"
-        )
+        raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions: pass a 2D mask [batch, tokens], 0 for padding")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attention(module.layer_idx, query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _mask(
-    batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, local_size=None,
-    allow_is_causal_skip=True, **kwargs,
-):  # fmt: skip
+def _mask(*, q_length, kv_length, mask_function=causal_mask_function, attention_mask=None, local_size=None, **kwargs):
     """The mask handed to `_attention`: which tokens are real, [B, S]; sliding-window layers keep their stock mask."""
     if local_size is not None and local_size < kv_length:
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size, allow_is_causal_skip, **kwargs
-        )
-    plain = allow_is_causal_skip if local_size is not None else mask_function is causal_mask_function
+        stock = {"mask_function": mask_function, "attention_mask": attention_mask, "local_size": local_size, **kwargs}
+        return sdpa_mask(q_length=q_length, kv_length=kv_length, **stock)
+    plain = kwargs.get("allow_is_causal_skip", True) if local_size is not None else mask_function is causal_mask_function
     if q_length == kv_length and not plain:  # a longer kv_length is refused by `_attention`
-        raise NotImplementedError(
-            "packed sequences and custom mask functions are not implemented: "
-            "score one sequence per row, with a 2D attention_mask for padding"
-        )
+        raise NotImplementedError("packed sequences and custom masks are not implemented: score one sequence per row, padding masked in 2D")
     return None if attention_mask is None else attention_mask[:, -q_length:].bool()
 
 
@@ -74,10 +61,8 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The model's causal attention modules by layer index. Raises TypeError for a model outside the attention interface."""
     found: dict[int, nn.Module] = {}
     if isinstance(model, PreTrainedModel) and model._can_set_attn_implementation() and not model.config.is_encoder_decoder:
-        for module in model.modules():
-            layer = getattr(module, "layer_idx", None)
-            if isinstance(layer, int) and getattr(module, "is_causal", False):
-                found[layer] = module
+        causal = [module for module in model.modules() if getattr(module, "is_causal", False)]
+        found = {module.layer_idx: module for module in causal if isinstance(getattr(module, "layer_idx", None), int)}  # type: ignore[misc]
     if not found:
         raise TypeError(f"{type(model).__name__} is not a decoder on transformers' attention interface; lesslib works with {WORKS}")
     return found
@@ -86,8 +71,8 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 def output_projection(module: nn.Module) -> nn.Linear:
     """The linear map W_O after attention, whatever the architecture calls it. Raises TypeError when there is none."""
     for name in ("o_proj", "dense", "out_proj", "c_proj"):
-        if isinstance(getattr(module, name, None), nn.Linear):
-            return getattr(module, name)
+        if isinstance(projection := getattr(module, name, None), nn.Linear):
+            return projection
     raise TypeError(f"{type(module).__name__} has no output projection called o_proj, dense, out_proj or c_proj")
 
 
@@ -95,13 +80,9 @@ def model_shape(model: PreTrainedModel) -> dict[str, int]:
     """`layers`, `heads`, `kv_heads`, `head_dim` and `context` of a model."""
     c = model.config.get_text_config(decoder=True)
     heads = c.num_attention_heads
-    return {
-        "layers": c.num_hidden_layers,
-        "heads": heads,
-        "kv_heads": getattr(c, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(c, "head_dim", None) or c.hidden_size // heads,
-        "context": c.max_position_embeddings,
-    }
+    kv_heads, head_dim = getattr(c, "num_key_value_heads", None) or heads, getattr(c, "head_dim", None) or c.hidden_size // heads
+    sizes = {"layers": c.num_hidden_layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    return sizes | {"context": c.max_position_embeddings}
 
 
 @contextlib.contextmanager
@@ -111,8 +92,7 @@ def replace_attention(model: PreTrainedModel, attention: Attention) -> Iterator[
     Sliding-window layers whose window is shorter than the sequence keep their stock attention. Raises TypeError for a
     model outside the attention interface and RuntimeError when it is replaced already.
     """
-    modules = attention_modules(model)
-    before = model.config._attn_implementation
+    modules, before = attention_modules(model), model.config._attn_implementation
     if before == "less":
         raise RuntimeError("this model's attention is already replaced: leave the first `with less(...)` before entering another")
     try:
@@ -127,17 +107,15 @@ def replace_attention(model: PreTrainedModel, attention: Attention) -> Iterator[
 
 
 @contextlib.contextmanager
-def less(
-    model: PreTrainedModel, policy: Policy, kernels: Kernels | None = None, mode: Literal["parallel"] = "parallel"
-) -> Iterator[PreTrainedModel]:
+def less(model: PreTrainedModel, policy: Policy, kernels: Kernels | None = None, mode: str = "parallel") -> Iterator[PreTrainedModel]:
     """Run `model` under an eviction policy, with LESS where `kernels` are given (None: the sparse baseline).
 
         with less(model, H2O.from_fraction(0.05, 1024), kernels, mode="parallel"):
             logits = model(input_ids, attention_mask).logits
 
-    mode="parallel" scores whole sequences in one forward, as decoding token by token would. The kernels are moved to the
-    model's device and put in evaluation mode. Raises ValueError when the budget exceeds the model's context, or the
-    kernels were made for another model or hold NaN, and TypeError for a model outside transformers' attention interface.
+    mode="parallel" scores whole sequences in one forward, as decoding token by token would; the kernels move to the model's
+    device, in evaluation mode. Raises ValueError when the budget exceeds the model's context, or the kernels were made for
+    another model or hold NaN, and TypeError for a model outside transformers' attention interface.
     """
     if mode != "parallel":
         raise ValueError(f"unknown mode {mode!r}: choose 'parallel'")
@@ -146,10 +124,9 @@ def less(
     if not (kernels is None or isinstance(kernels, Kernels)):
         raise TypeError(f"kernels is a {type(kernels).__name__}; pass what lesslib.models.load_kernels gives, or None for the policy alone")
     attention_modules(model)
-    shape = model_shape(model)
-    policy.check(shape["context"])
+    policy.check(model_shape(model)["context"])
     if kernels is not None:
-        kernels.check(shape, getattr(model, "less_identity", None))
+        kernels.check(model_shape(model), getattr(model, "less_identity", None))
         kernels.to(model.device).eval()
 
     def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:

@@ -18,24 +18,22 @@ SCALE_INIT = 1e-4  # of s1 and s2, as in the authors' code
 SHAPE_FIELDS = ("layers", "heads", "kv_heads", "head_dim")
 
 
-def _heads(shape: tuple[int, ...], generator: torch.Generator | None) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape, generator=generator) * shape[-2] ** -0.5)
-
-
-def _check_sizes(shape: dict[str, int], **sizes: int) -> None:
-    for what, n in {**{f: shape[f] for f in SHAPE_FIELDS}, **sizes}.items():
+def _header(shape: dict[str, int], **sizes: int) -> dict[str, int]:
+    """The fields of `shape` that kernels depend on, and `sizes`. Raises ValueError for a size that cannot be."""
+    header = {**{f: shape[f] for f in SHAPE_FIELDS}, **sizes}
+    for what, n in header.items():
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"{what}={n!r} must be a whole number of at least 1")
     if shape["heads"] % shape["kv_heads"]:
         raise ValueError(f"{shape['heads']} query heads do not divide into {shape['kv_heads']} key-value heads")
+    return header
 
 
 class LayerKernels(nn.Module):
     """phi and psi of one attention layer (paper, eqs 1-2), a small MLP per head without biases.
 
-    phi(q) = |gelu(gelu(q W1) W2)| per query head; psi(k) = |u + (u W3) * s2| with u = |s1| * gelu(gelu(k W1) W2) per
-    key-value head. The residual in psi is in the authors' code; the paper prints psi without it. `dropout` acts on the
-    first pre-activation while training.
+    phi(q) = |gelu(gelu(q W1) W2)|; psi(k) = |u + (u W3) * s2| with u = |s1| * gelu(gelu(k W1) W2). The residual in psi is in
+    the authors' code; the paper prints psi without it. `dropout` acts on the first pre-activation while training.
     """
 
     def __init__(
@@ -43,16 +41,18 @@ class LayerKernels(nn.Module):
         generator: torch.Generator | None = None,
     ):  # fmt: skip
         super().__init__()
+
+        def drawn(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator) * shape[-2] ** -0.5)
+
         self.dropout = dropout
-        self.phi_w1, self.phi_w2 = _heads((heads, head_dim, hidden), generator), _heads((heads, hidden, kernel_size), generator)
-        self.psi_w1, self.psi_w2 = _heads((kv_heads, head_dim, hidden), generator), _heads((kv_heads, hidden, kernel_size), generator)
-        self.psi_w3 = _heads((kv_heads, kernel_size, kernel_size), generator)
-        self.s1 = nn.Parameter(torch.full((kv_heads, 1, kernel_size), SCALE_INIT))
-        self.s2 = nn.Parameter(torch.full((kv_heads, 1, kernel_size), SCALE_INIT))
+        self.phi_w1, self.phi_w2 = drawn(heads, head_dim, hidden), drawn(heads, hidden, kernel_size)
+        self.psi_w1, self.psi_w2 = drawn(kv_heads, head_dim, hidden), drawn(kv_heads, hidden, kernel_size)
+        self.psi_w3 = drawn(kv_heads, kernel_size, kernel_size)
+        self.s1, self.s2 = (nn.Parameter(torch.full((kv_heads, 1, kernel_size), SCALE_INIT)) for _ in range(2))
 
     def _mlp(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        x = x.to(w1.dtype) @ w1
-        return F.gelu(F.gelu(F.dropout(x, self.dropout, self.training)) @ w2)
+        return F.gelu(F.gelu(F.dropout(x.to(w1.dtype) @ w1, self.dropout, self.training)) @ w2)
 
     def phi(self, q: Tensor) -> Tensor:
         """Features of queries: [B, Hq, S, D] -> [B, Hq, S, R], at least 0."""
@@ -62,12 +62,6 @@ class LayerKernels(nn.Module):
         """Features of keys: [B, Hkv, S, D] -> [B, Hkv, S, R], at least 0."""
         u = self.s1.abs() * self._mlp(k, self.psi_w1, self.psi_w2)
         return (u + (u @ self.psi_w3) * self.s2).abs()
-
-
-def _rotation(n: int, generator: torch.Generator) -> Tensor:
-    """A uniformly random orthogonal matrix [n, n]; QR alone would fix the signs of its columns and bias the estimate."""
-    Q, R = torch.linalg.qr(torch.randn(n, n, generator=generator))
-    return Q * R.diagonal().sign()
 
 
 class LayerPerformer(nn.Module):
@@ -82,14 +76,16 @@ class LayerPerformer(nn.Module):
         super().__init__()
         blocks = []
         for _ in range(kv_heads):
-            columns = [_rotation(head_dim, generator) for _ in range(-(-kernel_size // head_dim))]
+            rotations = []
+            for _ in range(math.ceil(kernel_size / head_dim)):
+                Q, R = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator))
+                rotations.append(Q * R.diagonal().sign())  # QR alone would fix the signs of Q's columns and bias the estimate
             lengths = torch.randn(head_dim, kernel_size, generator=generator).norm(dim=0)
-            blocks.append(torch.cat(columns, 1)[:, :kernel_size] * lengths)
+            blocks.append(torch.cat(rotations, 1)[:, :kernel_size] * lengths)
         self.register_buffer("directions", torch.stack(blocks))
         self.groups = heads // kv_heads
 
-    @staticmethod
-    def _features(x: Tensor, directions: Tensor) -> Tensor:
+    def _features(self, x: Tensor, directions: Tensor) -> Tensor:
         x = x.to(directions.dtype) * x.shape[-1] ** -0.25
         return (x @ directions - x.square().sum(-1, keepdim=True) / 2).exp() / math.sqrt(directions.shape[-1])
 
@@ -100,10 +96,6 @@ class LayerPerformer(nn.Module):
     def psi(self, k: Tensor) -> Tensor:
         """Features of keys: [B, Hkv, S, D] -> [B, Hkv, S, R], above 0."""
         return self._features(k, self.directions)
-
-
-def _header(shape: dict[str, int], kernel_size: int, hidden: int, seed: int) -> dict:
-    return {**{f: shape[f] for f in SHAPE_FIELDS}, "kernel_size": kernel_size, "hidden": hidden, "seed": seed}
 
 
 class Kernels(nn.Module):
@@ -120,22 +112,21 @@ class Kernels(nn.Module):
     @classmethod
     def new(cls, shape: dict[str, int], kernel_size: int, hidden: int, dropout: float = 0.3, seed: int = 0) -> Kernels:
         """Freshly initialised kernels for a model of `shape` (`layers`, `heads`, `kv_heads`, `head_dim`)."""
-        _check_sizes(shape, kernel_size=kernel_size, hidden=hidden)
-        heads, kv_heads, head_dim = shape["heads"], shape["kv_heads"], shape["head_dim"]
+        header = _header(shape, kernel_size=kernel_size, hidden=hidden)
+        sizes = {what: n for what, n in header.items() if what != "layers"}
         layers: list[nn.Module] = []
         for i in range(shape["layers"]):  # a generator each, so that layers may train in any order or place
             generator = torch.Generator().manual_seed(seed * 1000 + i)
-            layers.append(LayerKernels(heads, kv_heads, head_dim, kernel_size, hidden, dropout, generator))
-        return cls(_header(shape, kernel_size, hidden, seed), layers)
+            layers.append(LayerKernels(**sizes, dropout=dropout, generator=generator))
+        return cls(header | {"seed": seed}, layers)
 
     @classmethod
     def performer(cls, shape: dict[str, int], kernel_size: int = 8, seed: int = 0) -> Kernels:
         """The Performer baseline for a model of `shape`; its header says `hidden` 0."""
-        _check_sizes(shape, kernel_size=kernel_size)
-        heads, kv_heads, head_dim = shape["heads"], shape["kv_heads"], shape["head_dim"]
-        generator = torch.Generator().manual_seed(seed)
-        layers: list[nn.Module] = [LayerPerformer(heads, kv_heads, head_dim, kernel_size, generator) for _ in range(shape["layers"])]
-        return cls(_header(shape, kernel_size, 0, seed), layers)
+        header, generator = _header(shape, kernel_size=kernel_size), torch.Generator().manual_seed(seed)
+        sizes = {what: n for what, n in header.items() if what != "layers"}
+        layers: list[nn.Module] = [LayerPerformer(**sizes, generator=generator) for _ in range(shape["layers"])]
+        return cls(header | {"hidden": 0, "seed": seed}, layers)
 
     def __getitem__(self, layer: int) -> nn.Module:
         return self.layers[layer]
@@ -145,14 +136,11 @@ class Kernels(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def check(self, shape: dict[str, int], identity: dict[str, str] | None = None) -> None:
-        """Raises ValueError naming the field that does not fit a model of `shape` and `identity` (model, revision), or for NaN weights."""
+        """Raises ValueError naming the field in which a model of `shape` and `identity` (model, revision) differs, or for NaN weights."""
         for field, have in {**{f: shape[f] for f in SHAPE_FIELDS}, **(identity or {})}.items():
             made_for = self.header.get(field, have)
             if made_for != have:
-                raise ValueError(
-                    f"these kernels do not fit the model: {field} is {made_for} in the kernels and {have} in the model; "
-                    "train kernels for it with python -m lesslib.train"
-                )
+                raise ValueError(f"{field} is {made_for} in the kernels and {have} in the model: train with python -m lesslib.train")
         if any(not t.isfinite().all() for t in self.state_dict().values()):
             raise ValueError("the kernels hold NaN or infinite weights: load or train them again")
 
@@ -164,17 +152,15 @@ class Kernels(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> Kernels:
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError for a file that is cut short, foreign or holds NaN."""
-        path = Path(path)
-        if not path.is_file():
+        if not Path(path).is_file():
             raise FileNotFoundError(f"no kernels at {path}: train them with python -m lesslib.train")
         try:
             with safe_open(path, framework="pt") as f:
-                metadata = f.metadata() or {}
-                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+                metadata, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{path} is not a whole safetensors file ({e}): delete it and train again") from e
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} holds format {metadata.get('format')!r}, not {FORMAT!r}: these are not LESS kernels of this version")
+            raise ValueError(f"{path} holds format {metadata.get('format')!r}, not {FORMAT!r}: not LESS kernels of this version")
         try:
             header = json.loads(metadata["header"])
             R, hidden = header["kernel_size"], header["hidden"]
@@ -183,9 +169,9 @@ class Kernels(nn.Module):
             raise ValueError(f"{path}: its header is damaged ({type(e).__name__}: {e}); delete the file and train again") from e
         wanted, found = ({n: tuple(t.shape) for n, t in each.items()} for each in (kernels.state_dict(), tensors))
         for name in sorted(wanted.keys() | found.keys()):
-            if wanted.get(name) != found.get(name):
-                have, says = found.get(name, "missing"), wanted.get(name, "not to be there")
-                raise ValueError(f"{path}: {name} is {have}, the header says {says}; the file is damaged, delete it and train again")
+            have, says = found.get(name, "missing"), wanted.get(name, "not to be there")
+            if have != says:
+                raise ValueError(f"{path}: {name} is {have}, the header says {says}; delete the file and train again")
             if not tensors[name].isfinite().all():
                 raise ValueError(f"{path}: {name} holds NaN or infinite weights; delete the file and train again")
         kernels.load_state_dict(tensors)

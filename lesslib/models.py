@@ -40,11 +40,10 @@ def _revision(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as f:
-            for start in (0, max(0, size - (1 << 20))):
-                f.seek(start)
-                digest.update(f.read(1 << 20))
+            digest.update(f"{path.name} {size}".encode() + f.read(1 << 20))
+            f.seek(max(0, size - (1 << 20)))
+            digest.update(f.read(1 << 20))
     return digest.hexdigest()[:12]
 
 
@@ -53,9 +52,8 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a carried model, a local folder or a hub name, in evaluation mode.
 
-    Default device: the GPU when there is one; default dtype: float32 on CPU, bfloat16 on GPU. Raises FileNotFoundError
-    where the hub cannot give the model, and ValueError for a name that is none of the three, for a folder that lacks a
-    tokenizer or whole weights, and for weights that hold NaN.
+    Default: the GPU when there is one; float32 on CPU, bfloat16 on GPU. Raises FileNotFoundError where the hub cannot give the
+    model, ValueError for a name that is none of the three and a folder that lacks a tokenizer or whole, finite weights.
     """
     name = os.fspath(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -98,17 +96,15 @@ def kernel_path(model: str, policy: str, fraction: float, folder: str | os.PathL
 def load_kernels(model: str, policy: str, fraction: float, folder: str | os.PathLike | None = None, seed: int = 0) -> Kernels:
     """The kernels trained for `model` under `policy` at a budget of `fraction` of its context.
 
-    `folder` is where `python -m lesslib.train --out` put them (default: the package's own). Raises FileNotFoundError naming
-    what there is, ValueError for an unknown policy, a damaged file or kernels of other weights than the carried model's.
+    `folder`: see `kernel_path`. Raises FileNotFoundError naming what there is, ValueError for an unknown policy, a damaged file
+    or kernels of other weights than the carried model's.
     """
     policy = get_policy(policy).name
     path = kernel_path(model, policy, fraction, folder, seed)
     if not path.is_file():
         have = sorted(p.stem for p in path.parent.glob("*.safetensors"))
-        raise FileNotFoundError(
-            f"no kernels {path.stem} for {model!r} in {path.parent}: there are {', '.join(have) or 'none'}; "
-            f"train them with python -m lesslib.train --model {model} --policy {policy} --fraction {fraction:g}"
-        )
+        train = f"train them with python -m lesslib.train --model {model} --policy {policy} --fraction {fraction:g}"
+        raise FileNotFoundError(f"no kernels {path.stem} for {model!r} in {path.parent}: there are {', '.join(have) or 'none'}; {train}")
     kernels = Kernels.load(path)
     made_for, revision = kernels.header.get("revision"), _revision(ASSETS / model)
     if model in carried_models() and made_for != revision:

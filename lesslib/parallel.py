@@ -25,12 +25,10 @@ class Evicted:
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None = None, scaling: float | None = None) -> Tensor:
     """Causal softmax attention, [B, Hq, S, Dv]; padding (`real` [B, S] False) is attended by itself alone."""
-    mask = None
+    mask, grouped = None, q.shape[1] != k.shape[1]
     if real is not None and not bool(real.all()):
-        S = q.shape[2]
-        eye = torch.eye(S, dtype=torch.bool, device=q.device)
-        mask = (torch.ones(S, S, dtype=torch.bool, device=q.device).tril() & real[:, None, None]) | eye
-    grouped = q.shape[1] != k.shape[1]
+        t = torch.arange(q.shape[2], device=q.device)
+        mask = ((t <= t[:, None]) & real[:, None, None]) | (t == t[:, None])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
 
 
@@ -49,21 +47,16 @@ def recover(evicted: Evicted, phi: Tensor, psi: Tensor, v: Tensor) -> Tensor:
 
     phi [B, Hq, S, R] and psi [B, Hkv, S, R] are the features of q and k in order of position, v [B, Hkv, S, Dv].
     """
-    arrived = arrivals(evicted.times)
+    arrived, dtype = arrivals(evicted.times), evicted.sparse.dtype
     token = arrived.clamp(min=0)
-    dtype = evicted.sparse.dtype
     arriving = gather_tokens(psi, token).to(dtype) * (arrived >= 0)[..., None]
-    numerator, denominator = lowrank_attention(phi.to(dtype), arriving, gather_tokens(v, token).to(dtype))
-    return merge(evicted.sparse, evicted.logsumexp, numerator, denominator)
+    return merge(evicted.sparse, evicted.logsumexp, *lowrank_attention(phi.to(dtype), arriving, gather_tokens(v, token).to(dtype)))
 
 
 def less_attention(
     q: Tensor, k: Tensor, v: Tensor, policy: Policy, kernels=None, real: Tensor | None = None, scaling: float | None = None
 ) -> Tensor:
-    """Attention [B, Hq, S, Dv] of a whole sequence under `policy`, with LESS where `kernels` (of this layer) are given.
-
-    Equals dense attention when the budget holds the whole sequence.
-    """
+    """Attention [B, Hq, S, Dv] under `policy`, with LESS where `kernels` (of this layer) are given; dense if the budget holds all."""
     if policy.budget is None or policy.budget >= q.shape[2]:
         return dense_attention(q, k, v, real, scaling)
     evicted = evict(policy, q, k, v, real, scaling)
@@ -72,10 +65,7 @@ def less_attention(
 
 
 def retained(times: Tensor, real: Tensor | None = None) -> Tensor:
-    """How many tokens are kept before each query, [B, Hkv, S]: the memory curve of a policy, from its eviction times.
-
-    `real` [B, S] is False for padding, which is never kept.
-    """
+    """How many tokens are kept before each query, [B, Hkv, S], from the eviction times; `real` [B, S] is False for padding."""
     S = times.shape[-1]
     entered = torch.ones_like(times, dtype=torch.int64) if real is None else real[:, None].expand_as(times).long()
     leaving = torch.zeros(*times.shape[:-1], S + 1, dtype=torch.int64, device=times.device)

@@ -1,13 +1,8 @@
 """Who leaves the cache: Full, H2O, Lambda, TOVA, and the eviction times they give a whole sequence.
 
-A policy is one online step over a set of slots: `observe` the probabilities of the newest query, then name the
-`victim`. `simulate` runs that very step along a sequence and returns one integer per token, the time it leaves:
-
-    keep(t, j)  =  j <= t < evicted_at[j]
-
-so a token with `evicted_at[j] == t` has been absorbed before query t attends. A token is attended on top of the
-budget C while it is the newest one; after its query the cache is brought back to C slots. `NEVER` marks tokens that
-stay. Shapes: B batch, Hkv key-value heads, G query heads per key-value head, S tokens, N slots, D head size.
+A policy `observe`s the newest query's probabilities, then names the `victim`; `simulate` runs that step along a sequence:
+keep(t, j) = j <= t < evicted_at[j]. The newest token is attended on top of the budget C, and then the cache is brought back to C.
+Shapes: B batch, Hkv key-value heads, G query heads per key-value head, S tokens, N slots, D head size.
 """
 from __future__ import annotations
 
@@ -15,35 +10,59 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-NEVER = torch.iinfo(torch.int32).max
+NEVER = torch.iinfo(torch.int32).max  # the eviction time of tokens that stay
 BLOCK = 64  # queries whose logits are computed at once
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Base of all policies. `budget` is the number of slots C, in tokens; None keeps everything."""
+    """Base of all policies: the fields named in `counts` are numbers of slots, in tokens, and add up to the budget C."""
 
     name: ClassVar[str]
+    counts: ClassVar[tuple[str, ...]] = ()
     needs_probabilities: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for what in self.counts:
+            n = getattr(self, what)
+            if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+                raise ValueError(f"{self}: {what} must be a whole number of tokens, at least 0")
+        if self.budget is not None and self.budget < 2:
+            raise ValueError(f"{self} has a budget of {self.budget} tokens: a policy needs at least 2")
 
     @property
     def budget(self) -> int | None:
-        raise NotImplementedError
+        """Slots C, in tokens; None keeps everything."""
+        return sum(getattr(self, what) for what in self.counts) if self.counts else None
 
     @classmethod
-    def from_fraction(cls, fraction: float, max_context: int) -> Policy:
+    def shares(cls, slots: int) -> dict[str, int]:
+        """The paper's split of `slots` over the counts."""
+        return {cls.counts[0]: slots}
+
+    @classmethod
+    def from_budget(cls, budget: int) -> Self:
+        """The policy with the paper's split of `budget` slots."""
+        return cls(**cls.shares(budget))
+
+    @classmethod
+    def from_fraction(cls, fraction: float, max_context: int) -> Self:
         """The policy whose budget is `fraction` of `max_context` tokens, rounded down to an even number (paper, Table 1)."""
         return cls.from_budget(budget_of(fraction, max_context))
 
-    @classmethod
-    def from_budget(cls, budget: int) -> Policy:
-        """The policy with the paper's split of `budget` slots."""
-        raise NotImplementedError
+    def plus(self, tokens: int) -> Self:
+        """The same policy with `tokens` more slots: Baseline+ spends the low-rank state's memory, R/2 tokens, this way."""
+        return replace(self, **{what: getattr(self, what) + n for what, n in self.shares(tokens).items()})
+
+    def check(self, max_context: int) -> None:
+        """Raises ValueError when the budget does not fit a model with `max_context` positions."""
+        if self.budget is not None and self.budget > max_context:
+            raise ValueError(f"{self}: {self.budget} tokens is above the model's context of {max_context}; use fewer, or Full()")
 
     def observe(self, score: Tensor, probabilities: Tensor) -> Tensor:
         """New scores [B, Hkv, N] after a query that gave `probabilities` [B, Hkv, G, N] to the slots."""
@@ -52,52 +71,23 @@ class Policy:
     def priority(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
         """What keeps a slot, [B, Hkv, N]: the lowest leaves; inf is protected.
 
-        `position` [B, Hkv, N] or broadcastable counts from the row's first real token (-1: an empty slot), `now` [B, 1, 1]
-        is the newest position.
+        `position` [B, Hkv, N] counts from the row's first real token (-1: an empty slot), `now` [B, 1, 1] is the newest one.
         """
-        raise NotImplementedError
+        return score
 
     def victim(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
         """Index [B, Hkv] of the slot that leaves next, the first among equals; never an empty one while another may go."""
         return self.priority(score, position, now).masked_fill(position < 0, math.inf).argmin(-1)
-
-    def plus(self, tokens: int) -> Policy:
-        """The same policy with `tokens` more slots: Baseline+ spends the low-rank state's memory, R/2 tokens, this way."""
-        return self.from_budget(_required(self.budget) + tokens)
-
-    def check(self, max_context: int) -> None:
-        """Raises ValueError when the budget does not fit a model with `max_context` positions."""
-        if self.budget is not None and self.budget > max_context:
-            raise ValueError(
-                f"{self}: a budget of {self.budget} tokens is above the model's context of {max_context}; "
-                f"use at most {max_context}, or Full()"
-            )
-
-
-def _required(budget: int | None) -> int:
-    if budget is None:
-        raise ValueError("Full() keeps every token and has no budget")
-    return budget
 
 
 def budget_of(fraction: float, max_context: int) -> int:
     """`fraction` of `max_context`, rounded down to an even number of tokens. Raises ValueError outside (0, 1] or below 2 tokens."""
     if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ValueError(f"fraction {fraction!r} must lie in (0, 1]: 0.05 means 5% of the model's maximum context")
-    budget = int(fraction * max_context + 1e-9) // 2 * 2
-    if budget < 2:
-        tokens = f"fraction {fraction!r} of a context of {max_context} is {fraction * max_context:.1f} tokens"
-        raise ValueError(f"{tokens}: a policy needs at least 2, use a larger fraction")
-    return budget
-
-
-def _check_counts(policy: Policy, **counts: int) -> None:
-    for what, n in counts.items():
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise ValueError(f"{type(policy).__name__}({what}={n!r}): {what} must be a whole number of tokens, at least 0")
-    total = sum(counts.values())
-    if total < 2:
-        raise ValueError(f"{type(policy).__name__} with a budget of {total} tokens: a policy needs at least 2")
+    tokens = fraction * max_context
+    if tokens + 1e-9 < 2:
+        raise ValueError(f"fraction {fraction!r} of a context of {max_context} is {tokens:.1f} tokens, below 2: use a larger fraction")
+    return int(tokens + 1e-9) // 2 * 2
 
 
 @dataclass(frozen=True)
@@ -106,13 +96,9 @@ class Full(Policy):
 
     name: ClassVar[str] = "full"
 
-    @property
-    def budget(self) -> None:
-        return None
-
     @classmethod
-    def from_budget(cls, budget: int) -> Full:
-        raise ValueError(f"Full() keeps every token and has no budget of {budget}: write Full(), or choose another policy")
+    def shares(cls, slots: int) -> dict[str, int]:
+        raise ValueError("Full() keeps every token and has no budget: write Full(), or choose another policy")
 
 
 @dataclass(frozen=True)
@@ -127,22 +113,20 @@ class H2O(Policy):
     recent: int
     scores: Literal["cache", "full"] = "cache"
     name: ClassVar[str] = "h2o"
+    counts: ClassVar[tuple[str, ...]] = ("heavy", "recent")
 
     def __post_init__(self) -> None:
-        _check_counts(self, heavy=self.heavy, recent=self.recent)
+        super().__post_init__()
         if self.scores not in ("cache", "full"):
-            raise ValueError(f"H2O(scores={self.scores!r}): choose 'cache' or 'full'")
+            raise ValueError(f"{self}: scores must be 'cache' or 'full'")
 
     @property
     def budget(self) -> int:
         return self.heavy + self.recent
 
     @classmethod
-    def from_budget(cls, budget: int) -> H2O:
-        return cls(heavy=budget // 2, recent=budget - budget // 2)
-
-    def plus(self, tokens: int) -> H2O:
-        return replace(self, heavy=self.heavy + tokens // 2, recent=self.recent + tokens - tokens // 2)
+    def shares(cls, slots: int) -> dict[str, int]:
+        return {"heavy": slots // 2, "recent": slots - slots // 2}
 
     def observe(self, score: Tensor, probabilities: Tensor) -> Tensor:
         return score + probabilities.sum(2)
@@ -153,33 +137,22 @@ class H2O(Policy):
 
 @dataclass(frozen=True)
 class Lambda(Policy):
-    """Lambda-shaped mask (Han et al., 2023; Xiao et al., 2023): the first `sinks` tokens and the `recent` newest.
-
-    Keys keep their original positions.
-    """
+    """Lambda-shaped mask (Han et al., 2023; Xiao et al., 2023): the first `sinks` tokens and the `recent` newest, at their positions."""
 
     recent: int
     sinks: int = 4
     name: ClassVar[str] = "lambda"
+    counts: ClassVar[tuple[str, ...]] = ("recent", "sinks")
     needs_probabilities: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_counts(self, recent=self.recent, sinks=self.sinks)
-        if self.recent < 1:
-            raise ValueError(f"Lambda(recent=0, sinks={self.sinks}): the budget must be larger than the sinks")
-
-    @property
-    def budget(self) -> int:
-        return self.sinks + self.recent
+        if isinstance(self.recent, int) and isinstance(self.sinks, int) and self.recent < 1:
+            raise ValueError(f"{self}: the budget must be larger than the sinks, at least {self.sinks + 1} tokens")
+        super().__post_init__()
 
     @classmethod
-    def from_budget(cls, budget: int) -> Lambda:
-        if budget <= 4:
-            raise ValueError(f"Lambda with a budget of {budget} tokens: it keeps 4 sinks, so use at least 5, or name sinks= and recent=")
-        return cls(recent=budget - 4)
-
-    def plus(self, tokens: int) -> Lambda:
-        return replace(self, recent=self.recent + tokens)
+    def from_budget(cls, budget: int) -> Self:
+        return cls(recent=budget - cls.sinks)
 
     def priority(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
         protected = (position < self.sinks) | (position > now - self.recent)
@@ -195,23 +168,10 @@ class TOVA(Policy):
 
     tokens: int
     name: ClassVar[str] = "tova"
-
-    def __post_init__(self) -> None:
-        _check_counts(self, tokens=self.tokens)
-
-    @property
-    def budget(self) -> int:
-        return self.tokens
-
-    @classmethod
-    def from_budget(cls, budget: int) -> TOVA:
-        return cls(tokens=budget)
+    counts: ClassVar[tuple[str, ...]] = ("tokens",)
 
     def observe(self, score: Tensor, probabilities: Tensor) -> Tensor:
         return probabilities.mean((1, 2))[:, None].expand_as(score)
-
-    def priority(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
-        return score
 
 
 POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Full, H2O, Lambda, TOVA)}
@@ -224,7 +184,6 @@ def get_policy(name: str) -> type[Policy]:
     return POLICIES[name.lower()]
 
 
-# ---------------------------------------------------------------- policies along whole sequences, block by block
 def block_keys(evicted_at: Tensor, start: int, stop: int, budget: int, real: Tensor) -> tuple[Tensor, Tensor]:
     """Keys that queries start..stop-1 may attend: (index, valid), each [B, Hkv, n + stop - start] with n = min(C, start).
 
@@ -251,22 +210,16 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 def block_logits(q: Tensor, k: Tensor, index: Tensor, scaling: float) -> Tensor:
     """Scaled logits [B, Hkv, G, b, N], float32 or wider: queries q [B, Hq, b, D], keys k [B, Hkv, S, D] at `index` [B, Hkv, N]."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    Hkv = k.shape[1]
-    grouped = q.unflatten(1, (Hkv, q.shape[1] // Hkv)).to(dtype)
+    grouped = q.unflatten(1, (k.shape[1], -1)).to(dtype)
     return grouped @ gather_tokens(k, index).to(dtype).transpose(-1, -2)[:, :, None] * scaling
 
 
-@torch.no_grad()
-def dense_logsumexp(q: Tensor, k: Tensor, real: Tensor, scaling: float) -> Tensor:
-    """log-sum-exp of every causal row of dense attention, [B, Hkv, G, S], in blocks of queries (never S x S at once)."""
-    S, rows = q.shape[2], []
-    for start in range(0, S, BLOCK):
-        stop = min(start + BLOCK, S)
-        index = torch.arange(stop, device=q.device).expand(*k.shape[:2], stop)
-        logits = block_logits(q[:, :, start:stop], k, index, scaling)
-        seen = index[..., None, None, :] <= torch.arange(start, stop, device=q.device)[:, None]
-        rows.append(logits.masked_fill(~(seen & real[:, None, None, None, :stop]), -math.inf).logsumexp(-1))
-    return torch.cat(rows, -1)
+def dense_logsumexp(q: Tensor, k: Tensor, start: int, stop: int, real: Tensor, scaling: float) -> Tensor:
+    """log-sum-exp of the causal rows start..stop-1 of dense attention, [B, Hkv, G, stop - start]."""
+    index = torch.arange(stop, device=q.device)
+    seen = (index <= index[start:, None]) & real[:, None, None, None, :stop]
+    logits = block_logits(q[:, :, start:stop], k, index.expand(*k.shape[:2], stop), scaling)
+    return logits.masked_fill(~seen, -math.inf).logsumexp(-1)
 
 
 @contextlib.contextmanager
@@ -285,47 +238,45 @@ def one_thread() -> Iterator[None]:
 def simulate(policy: Policy, q: Tensor, k: Tensor, real: Tensor | None = None, scaling: float | None = None) -> Tensor:
     """Eviction times [B, Hkv, S] (int32, `NEVER` for tokens that stay) of `policy` along whole sequences.
 
-    q [B, Hq, S, D], k [B, Hkv, S, D] after RoPE; `real` [B, S] is False for padding, which is never scored and never
-    holds a slot; `scaling` multiplies the logits (1/sqrt D). Works through blocks of queries, each of which sees at most
-    C + BLOCK keys, so nothing of size S x S is stored; `scores="full"` adds a blockwise pass over all keys.
+    q [B, Hq, S, D], k [B, Hkv, S, D] after RoPE; `real` [B, S] is False for padding, which is never scored and never holds a
+    slot; `scaling` multiplies the logits (1/sqrt D). Works in blocks of queries that see at most C + BLOCK keys (all keys for
+    `scores="full"`), so nothing of size S x S is stored.
     """
-    B, Hkv, S, _ = k.shape
-    times = torch.full((B, Hkv, S), NEVER, dtype=torch.int32, device=k.device)
-    budget = policy.budget
+    (B, Hkv, S, D), budget, device = k.shape, policy.budget, k.device
+    times = torch.full((B, Hkv, S), NEVER, dtype=torch.int32, device=device)
     if budget is None or budget >= S:
         return times
-    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    padded = real is not None and not bool(real.all())
-    real = torch.ones(B, S, dtype=torch.bool, device=k.device) if real is None else real
+    scaling = D**-0.5 if scaling is None else scaling
+    real = torch.ones(B, S, dtype=torch.bool, device=device) if real is None else real
+    padded, dense_rows = not bool(real.all()), isinstance(policy, H2O) and policy.scores == "full"
     position = (real.int().cumsum(-1, dtype=torch.int32) - 1).masked_fill(~real, -1)  # counted from the first real token
-    one_leaves = position >= budget  # [B, S]: the cache overflows at this query
-    leaves_at = torch.arange(1, S + 1, dtype=torch.int32, device=k.device).where(one_leaves, NEVER)
-    empties = torch.where(one_leaves, -1, NEVER).int()
-    normaliser = dense_logsumexp(q, k, real, scaling) if isinstance(policy, H2O) and policy.scores == "full" else None
-    token_score = torch.zeros(B, Hkv, S, dtype=torch.promote_types(q.dtype, torch.float32), device=k.device)
+    overflows = position >= budget  # [B, S]: one leaves after this query
+    leaves_at = torch.arange(1, S + 1, dtype=torch.int32, device=device).where(overflows, NEVER)
+    empties = torch.where(overflows, -1, NEVER).int()
+    token_score = torch.zeros(B, Hkv, S + 1, dtype=torch.promote_types(q.dtype, torch.float32), device=device)
     for start in range(0, S, BLOCK):
         stop = min(start + BLOCK, S)
         index, alive = block_keys(times, start, stop, budget, real)  # [B, Hkv, N]: the kept tokens, then the block's own
-        score, victims = token_score.gather(2, index), []
+        score, victims, kept = token_score.gather(2, index), [], min(budget, start)
         where = position[:, None].expand(B, Hkv, S).gather(2, index).masked_fill(~alive, -1)
-        kept = where.shape[-1] - (stop - start)
         where[..., kept:] = -1  # the block's tokens arrive one at a time
         if policy.needs_probabilities:
             logits = block_logits(q[:, :, start:stop], k, index, scaling)
-            if padded:
-                logits.masked_fill_(~real[:, None, None, start:stop, None], -math.inf)
+            normaliser = dense_logsumexp(q, k, start, stop, real, scaling) if dense_rows else None
         for i, t in enumerate(range(start, stop)):
             now = position[:, None, None, t]
             where[..., kept + i] = now[..., 0]
             if policy.needs_probabilities:
                 row = logits[..., i, :].masked_fill((where < 0)[:, :, None], -math.inf)
-                probabilities = row.softmax(-1) if normaliser is None else (row - normaliser[..., t, None]).exp()
-                score = policy.observe(score, probabilities.nan_to_num(0.0) if padded else probabilities)
+                probabilities = row.softmax(-1) if normaliser is None else (row - normaliser[..., i, None]).exp()
+                if padded:
+                    probabilities = probabilities.masked_fill(~real[:, t, None, None, None], 0.0)
+                score = policy.observe(score, probabilities)
             if t >= budget:
                 victims.append(policy.victim(score, where, now)[..., None])
                 where.scatter_reduce_(2, victims[-1], empties[:, None, t, None].expand(B, Hkv, 1), "amin")
         if victims:
             slot, when = torch.cat(victims, -1), leaves_at[:, None, max(start, budget) : stop]
             times.scatter_reduce_(2, index.gather(2, slot), when.expand_as(slot), "amin")
-        token_score.scatter_(2, index, score)
+        token_score.scatter_(2, index.masked_fill(~alive, S), score)  # invalid entries may repeat a token: they go to a spare column
     return times

@@ -42,6 +42,16 @@ def test_padding_anywhere_is_neither_scored_nor_kept(policy, sequences):
     assert (times[~s.real[:, None].expand_as(times)] == NEVER).all()
 
 
+@pytest.mark.parametrize(("seed", "heavy", "recent"), [(45, 4, 22), (52, 6, 35), (103, 2, 21)])
+def test_scores_survive_a_block_that_begins_with_unused_slots(seed, heavy, recent):
+    torch.manual_seed(seed)
+    q, k = torch.randn(2, 2, 260, 4).double() * 3, torch.randn(2, 2, 260, 4).double()
+    real = torch.rand(2, 260) < torch.rand(())
+    real[:, 0] = True  # then padding between tokens leaves slots unused when the second block begins
+    policy = H2O(heavy=heavy, recent=recent)
+    assert torch.equal(simulate(policy, q, k, real), naive_attention(q, k, k, policy, real=real)[1])
+
+
 @pytest.mark.parametrize("policy", ALL, ids=str)
 def test_block_size_changes_nothing(policy, sequences, monkeypatch):
     s = sequences(S=50, pads=[0, 9])

@@ -25,10 +25,8 @@ def naive_attention(
     for b in range(B):
         kept: list[list[int]] = [[] for _ in range(Hkv)]
         score: list[dict[int, float]] = [{} for _ in range(Hkv)]
-        H, z = [torch.zeros(())] * Hkv, [torch.zeros(())] * Hkv
-        if psi is not None:
-            H = [torch.zeros(psi.shape[-1], v.shape[-1], dtype=q.dtype)] * Hkv
-            z = [torch.zeros(psi.shape[-1], dtype=q.dtype)] * Hkv
+        R = 0 if psi is None else psi.shape[-1]
+        H, z = [torch.zeros(R, v.shape[-1], dtype=q.dtype)] * Hkv, [torch.zeros(R, dtype=q.dtype)] * Hkv
         tokens = [t for t in range(S) if real is None or real[b, t]]
         for t in set(range(S)) - set(tokens):
             out[b, :, t] = v[b, :, t].repeat_interleave(G, 0)  # a padded query attends itself

@@ -1,7 +1,7 @@
 """The fast torch form of LESS over a whole sequence: linear in S in time and memory, differentiable, any device.
 
-Everything follows from eviction times (see `lesslib.policies`): the kept set of a block of queries is at most C old
-keys and the block's own, and the low-rank state is linear attention whose keys arrive when they are evicted.
+From eviction times (see `lesslib.policies`): a block of queries sees at most C old keys and its own, and the low-rank state
+is linear attention whose keys arrive when they are evicted.
 """
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..policies import block_keys, block_logits, gather_tokens
 
@@ -53,12 +54,11 @@ def lowrank_attention(phi: Tensor, psi: Tensor, v: Tensor) -> tuple[Tensor, Tens
     Returns the numerator [B, Hq, S, Dv] and the denominator [B, Hq, S]. A chunked scan, O(S R Dv).
     """
     Hkv, S = psi.shape[1:3]
-    pad = -S % CHUNK
-    phi, psi, v = (torch.nn.functional.pad(x, (0, 0, 0, pad)).unflatten(2, (-1, CHUNK)) for x in (phi, psi, v))
+    phi, psi, v = (pad(x, (0, 0, 0, -S % CHUNK)).unflatten(2, (-1, CHUNK)) for x in (phi, psi, v))
     phi = phi.unflatten(1, (Hkv, -1))  # [B, Hkv, G, n, chunk, R]
-    v = torch.nn.functional.pad(v, (0, 1), value=1.0)  # a column of ones carries z beside H
+    v = pad(v, (0, 1), value=1.0)  # a column of ones carries z beside H
     states = psi.transpose(-1, -2) @ v  # [B, Hkv, n, R, Dv + 1]
-    before = torch.nn.functional.pad(states.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))[:, :, None]
+    before = pad(states.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))[:, :, None]
     inside = (phi @ psi.transpose(-1, -2)[:, :, None]).tril() @ v[:, :, None]
     out = (phi @ before + inside).flatten(3, 4).flatten(1, 2)[:, :, :S]
     return out[..., :-1], out[..., -1]
@@ -68,11 +68,11 @@ def merge(sparse: Tensor, logsumexp: Tensor, numerator: Tensor, denominator: Ten
     """(numerator + e^lse sparse) / (denominator + e^lse), the paper's eq 3, in log space with one logaddexp.
 
     sparse, numerator [..., Dv]; logsumexp, denominator [...]. With a zero denominator (nothing evicted yet, or kernels at
-    zero) the sparse output comes back unchanged, whatever the size of the logits; no floor is added anywhere.
+    zero) the sparse output comes back unchanged; no floor is added anywhere.
     """
     some = denominator > 0
-    safe = torch.where(some, denominator, 1.0)
-    logden = torch.where(some, safe.log(), -math.inf)
+    safe = denominator.where(some, 1.0)
+    logden = safe.log().where(some, -math.inf)
     total = torch.logaddexp(logsumexp, logden)
     lowrank = torch.where(some[..., None], numerator / safe[..., None], 0.0)
     return sparse * (logsumexp - total).exp()[..., None] + lowrank * (logden - total).exp()[..., None]
