@@ -37,10 +37,7 @@ def stepwise_mask(logits: Tensor, policy: H2O) -> Tensor:
 
 
 def stepwise_attention(q: Tensor, k: Tensor, v: Tensor, policy: H2O, phi: Tensor, psi: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """(LESS, dense attention), each [B, H, S, Dv], through S x S weights; H2O scores by rows of dense attention.
-
-    q, k [B, H, S, D], v [B, H, S, Dv], phi, psi [B, H, S, R]; as many key-value heads as query heads.
-    """
+    """(LESS, dense attention), [B, H, S, Dv] each, through S x S weights; q, k [B, H, S, D], v [B, H, S, Dv], phi, psi [B, H, S, R]."""
     lowest, tiny = torch.finfo(q.dtype).min, torch.finfo(q.dtype).tiny
     causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     logits = torch.where(causal, q @ k.transpose(-1, -2) * scaling, lowest)

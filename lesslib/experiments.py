@@ -1,7 +1,4 @@
-"""One function per table or figure: a profile and a seed in, a recorded result out.
-
-Every function names its points and lets `results.sweep` compute those that are missing; `claims` decides what they show.
-"""
+"""One function per table or figure: it names its points for a profile and seed, and `results.sweep` computes those that are missing."""
 import functools
 import hashlib
 import itertools
@@ -78,8 +75,8 @@ def tour(profile: str, seed: int = 0) -> dict:
 
 def language_modeling(profile: str, seed: int = 0) -> dict:
     """Table 2: H2O at several budgets; all methods, and LESS trained at each budget and tested at every one."""
-    p = get_profile(profile)
-    methods, points = ("Baseline", "Baseline+", "Performer", *(f"LESS ({f:.0%})" for f in p.fractions)), dict[str, dict]()
+    p, points = get_profile(profile), dict[str, dict]()
+    methods = ("Baseline", "Baseline+", "Performer", *(f"LESS ({f:.0%})" for f in p.fractions))
     for corpus in p.evaluation:
         points[f"{corpus}/Full"] = {"corpus": corpus, "method": "Full"}
         points |= {f"{corpus}/{f:.0%}/{m}": {"corpus": corpus, "method": m, "fraction": f} for f in p.fractions for m in methods}
@@ -110,7 +107,6 @@ def training_kernels(profile: str, seed: int = 0) -> dict:
 def recipes(profile: str, seed: int = 0) -> dict:
     """The ablation behind the small profiles' recipe: one setting changed at a time, H2O at 2%, error left in each layer."""
     p = get_profile(profile)
-    fraction = min(p.fractions)
     base = asdict(Recipe.of(p, seed))
     changes = {"lr": (1e-3, 3e-3, 1e-2), "dropout": (0.0, 0.3), "hidden": (32, 128, 512), "batch": (2, 4, 8)}
     points = {"this profile": base}
@@ -121,7 +117,7 @@ def recipes(profile: str, seed: int = 0) -> dict:
     def trainers() -> dict[int, LayerTrainer]:
         model, tokenizer = model_of(p.model)
         windows = training_windows([load_corpus(c) for c in p.training], tokenizer, model_shape(model)["context"], p.sequences, seed)
-        policy, modules = get_policy("h2o").from_fraction(fraction, windows.shape[1]), attention_modules(model)
+        policy, modules = get_policy("h2o").from_fraction(min(p.fractions), windows.shape[1]), attention_modules(model)
         layers = capture_layers(model, windows, list(modules))
         return {i: LayerTrainer(d, policy, output_projection(modules[i]).weight.detach(), p.validation) for i, d in layers.items()}
 
