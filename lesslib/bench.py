@@ -1,17 +1,13 @@
 """Benchmarks that print ratios: `python -m lesslib.bench --help`. Here: seconds and memory of one epoch of kernel training.
 
-`ours` trains from eviction times, sparse outputs and targets that were computed once. `stepwise` is the scheme of the
-authors' code, written from its description: at every step it rebuilds the dense weights, the policy's mask token by token
-and the S x S weights of the low-rank part. Both take the same tensors, kernels, batches and optimiser.
+`ours` trains from eviction times, sparse outputs and targets that were computed once. `stepwise`, written from the description of
+the authors' code, rebuilds at every step the dense weights, the policy's mask token by token and the S x S low-rank weights.
 """
-from __future__ import annotations
-
 import argparse
 import ctypes
-import json
-import subprocess
-import sys
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,8 +19,6 @@ from .kernels import Kernels, LayerKernels
 from .models import keep_memory, load_model
 from .policies import H2O, budget_of
 from .train import LayerTrainer, Recipe, capture_layers
-
-SCHEMES = ("ours", "stepwise")
 
 
 @torch.no_grad()
@@ -43,10 +37,7 @@ def stepwise_mask(logits: Tensor, policy: H2O) -> Tensor:
 
 
 def stepwise_attention(q: Tensor, k: Tensor, v: Tensor, policy: H2O, phi: Tensor, psi: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """(LESS, dense attention), each [B, H, S, Dv], through S x S weights; H2O scores by rows of dense attention.
-
-    q, k [B, H, S, D], v [B, H, S, Dv], phi, psi [B, H, S, R]; as many key-value heads as query heads.
-    """
+    """(LESS, dense attention), [B, H, S, Dv] each, through S x S weights; q, k [B, H, S, D], v [B, H, S, Dv], phi, psi [B, H, S, R]."""
     lowest, tiny = torch.finfo(q.dtype).min, torch.finfo(q.dtype).tiny
     causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     logits = torch.where(causal, q @ k.transpose(-1, -2) * scaling, lowest)
@@ -71,10 +62,7 @@ def peak_memory(reset: bool = False) -> float | None:
 
 
 def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Recipe, model_name: str = "pico-llama") -> dict:
-    """Train layer 0 for one epoch of `sequences` windows of `length` tokens; seconds, the part done once, and peak memory in MiB.
-
-    Peak memory is the process's high-water mark above what it held before, so run each case in a process of its own (`measure`).
-    """
+    """Train layer 0 for one epoch of `sequences` windows of `length` tokens; seconds and peak MiB above what the process held before."""
     model, tokenizer = load_model(model_name, "cpu")
     windows = training_windows([load_corpus("topics-train")], tokenizer, length, sequences, recipe.seed)
     data, policy = capture_layers(model, windows, [0])[0], H2O.from_budget(budget_of(fraction, length))
@@ -108,29 +96,21 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
 
 def measure(scheme: str, length: int, sequences: int, fraction: float, **recipe) -> dict:
     """`epoch` in a fresh process, so that its peak memory is its own."""
-    request = json.dumps({"scheme": scheme, "length": length, "sequences": sequences, "fraction": fraction, "recipe": recipe})
-    done = subprocess.run([sys.executable, "-m", "lesslib.bench", "--one", request], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"benchmark {request} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), keep_memory) as pool:
+        return pool.submit(epoch, scheme, length, sequences, fraction, Recipe(**recipe)).result()
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(prog="python -m lesslib.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens a window (default: %(default)s)")
-    p.add_argument("--sequences", type=int, default=8, help="windows an epoch (default: %(default)s)")
-    p.add_argument("--fraction", type=float, default=0.05, help="H2O's budget as a share of the window (default: %(default)s)")
-    p.add_argument("--hidden", type=int, default=128, help="width of the kernels' hidden layer (default: %(default)s)")
-    p.add_argument("--dropout", type=float, default=0.0, help="on the first pre-activation (default: %(default)s)")
-    p.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)
+    p = argparse.ArgumentParser("python -m lesslib.bench", None, __doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens a window")
+    p.add_argument("--sequences", type=int, default=8, help="windows an epoch")
+    p.add_argument("--fraction", type=float, default=0.05, help="H2O's budget as a share of the window")
+    p.add_argument("--hidden", type=int, default=128, help="width of the kernels' hidden layer")
+    p.add_argument("--dropout", type=float, default=0.0, help="on the first pre-activation")
     a = p.parse_args(argv)
-    if a.one:
-        keep_memory()
-        request = json.loads(a.one)
-        return print(json.dumps(epoch(**{**request, "recipe": Recipe(**request["recipe"])})))
     print(f"{'tokens':>6} {'scheme':>9} {'s/epoch':>9} {'once s':>7} {'peak MiB':>9} {'times slower than ours':>23}")
     for length in a.lengths:
-        rows = {s: measure(s, length, a.sequences, a.fraction, hidden=a.hidden, dropout=a.dropout) for s in SCHEMES}
+        rows = {s: measure(s, length, a.sequences, a.fraction, hidden=a.hidden, dropout=a.dropout) for s in ("ours", "stepwise")}
         for scheme, r in rows.items():
             slower = r["seconds_epoch"] / rows["ours"]["seconds_epoch"]
             print(f"{length:6d} {scheme:>9} {r['seconds_epoch']:9.3f} {r['seconds_once']:7.2f} {r['peak_mib'] or 0:9.0f} {slower:23.1f}")

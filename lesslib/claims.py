@@ -1,8 +1,7 @@
 """Claims of the paper as functions from recorded results to verdicts: what holds here, what fails, and by which numbers."""
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .evaluate import gap_closed
 
@@ -21,8 +20,7 @@ class Verdict:
 
 def by_cell(points: dict[str, dict]) -> list[tuple[tuple[str, str, str], dict]]:
     """((corpus, budget or policy, method), point) of every perplexity in a record; Full has no budget."""
-    parts = [(name.split("/"), point) for name, point in points.items()]
-    return [((n[0], n[1] if len(n) == 3 else "", n[-1]), point) for n, point in parts]
+    return [((n[0], n[1] if len(n) == 3 else "", n[-1]), point) for n, point in ((name.split("/"), p) for name, p in points.items())]
 
 
 def shares(points: dict[str, dict]) -> dict[tuple[str, str, str], tuple[str, str]]:
@@ -37,17 +35,19 @@ def shares(points: dict[str, dict]) -> dict[tuple[str, str, str], tuple[str, str
 
 def perplexity_table(full: dict, rows: dict[str, dict], method: str, label: str) -> list[Verdict]:
     """What Tables 2, 3 and 7 claim for one corpus, policy and budget; `rows` are points by method, `method` a row of LESS."""
-    ppl, found = {m: r["token_ppl"] for m, r in rows.items()}, []
-    for row in (method, "Performer") if "Performer" in rows else (method,):
+
+    def numbers(row: str) -> tuple[float, str, bool, str]:
         share, low, high = gap_closed(full, rows["Baseline"], rows[row])
-        closed, wins = f"{share:.1%} [{low:.1%}, {high:.1%}]", ppl[row] < ppl["Baseline+"]
-        numbers = f"{ppl[row]:.2f} against {ppl['Baseline+']:.2f}"
-        if row == method:
-            found.append(Verdict(f"{label}: {row} closes at least half of the gap between Baseline and Full", share >= 0.5, closed))
-            found.append(Verdict(f"{label}: {row} has lower perplexity than Baseline+", wins, numbers))
-        else:
-            found.append(Verdict(f"{label}: Performer closes less than half of that gap", share < 0.5, closed))
-            found.append(Verdict(f"{label}: Performer does not beat Baseline+", not wins, numbers))
+        ours, plus = rows[row]["token_ppl"], rows["Baseline+"]["token_ppl"]
+        return share, f"{share:.1%} [{low:.1%}, {high:.1%}]", ours < plus, f"{ours:.2f} against {plus:.2f}"
+
+    share, closed, wins, ppl = numbers(method)
+    found = [Verdict(f"{label}: {method} closes at least half of the gap between Baseline and Full", share >= 0.5, closed),
+             Verdict(f"{label}: {method} has lower perplexity than Baseline+", wins, ppl)]  # fmt: skip
+    if "Performer" in rows:
+        share, closed, wins, ppl = numbers("Performer")
+        found += [Verdict(f"{label}: Performer closes less than half of that gap", share < 0.5, closed),
+                  Verdict(f"{label}: Performer does not beat Baseline+", not wins, ppl)]  # fmt: skip
     return found
 
 
@@ -55,13 +55,12 @@ def language_modeling(record: dict, corpora: Iterable[str], fractions: Iterable[
     """Table 2: every budget with the kernels trained at it, and what kernels trained at the largest do at the smallest."""
     found, points, fractions = [], record["points"], sorted(fractions)
     for corpus in corpora:
-        cell = lambda f: {m: p for (c, b, m), p in by_cell(points) if (c, b) == (corpus, f"{f:.0%}")}  # noqa: B023, E731
-        for f in fractions:
-            found += perplexity_table(points[f"{corpus}/Full"], cell(f), f"LESS ({f:.0%})", f"{corpus}, H2O at {f:.0%}")
-        tight, own, other = cell(fractions[0]), f"LESS ({fractions[0]:.0%})", f"LESS ({fractions[-1]:.0%})"
-        if own != other:
-            a, b = tight[own]["token_ppl"], tight[other]["token_ppl"]
-            claim = f"{corpus}: at {fractions[0]:.0%}, kernels trained at {fractions[-1]:.0%} do worse than those trained at it"
+        for f in (f"{f:.0%}" for f in fractions):
+            rows = {m: p for (c, budget, m), p in by_cell(points) if (c, budget) == (corpus, f)}
+            found += perplexity_table(points[f"{corpus}/Full"], rows, f"LESS ({f})", f"{corpus}, H2O at {f}")
+        if (least := f"{fractions[0]:.0%}") != (most := f"{fractions[-1]:.0%}"):
+            a, b = (points[f"{corpus}/{least}/LESS ({trained})"]["token_ppl"] for trained in (least, most))
+            claim = f"{corpus}: at {least}, kernels trained at {most} do worse than those trained at it"
             found.append(Verdict(claim, b > a, f"{b:.2f} against {a:.2f}"))
     return found
 
@@ -73,16 +72,14 @@ def directions(record: dict, share: float) -> dict[str, tuple[int, int]]:
         energy = [x * x for x in values]
         return next(n for n in range(1, len(energy) + 1) if sum(energy[:n]) >= share * sum(energy))
 
-    layers = record["points"]["singular values"]["layers"]
-    return {i: (count(values["full"]), count(values["residual"])) for i, values in layers.items()}
+    return {i: (count(x["full"]), count(x["residual"])) for i, x in record["points"]["singular values"]["layers"].items()}
 
 
 def low_rank_residuals(record: dict) -> list[Verdict]:
     """Figure 3: both halves."""
     points, counts = record["points"], directions(record, 0.9)
     ppl = {(p["parameters"]["fraction"], p["parameters"].get("rank")): p["token_ppl"] for p in points.values() if "token_ppl" in p}
-    full = ppl[1.0, None]
-    layers = points["singular values"]["layers"]
+    full, layers = ppl[1.0, None], points["singular values"]["layers"]
     beyond = {i: sum(x * x for x in v["residual"][4:]) / sum(x * x for x in v["full"]) for i, v in layers.items()}
     found = [
         Verdict("in every layer the top-12.5% residual needs fewer directions for 90% of its energy than the outputs do",
@@ -92,9 +89,8 @@ def low_rank_residuals(record: dict) -> list[Verdict]:
     ]  # fmt: skip
     for fraction in sorted({f for f, rank in ppl if rank is not None}):
         closed = (ppl[fraction, 0] - ppl[fraction, 4]) / (ppl[fraction, 0] - full)
-        numbers = f"{ppl[fraction, 0]:.2f} -> {ppl[fraction, 4]:.2f}, full {full:.2f}: {closed:.0%}"
-        claim = f"rank 4 takes back at least half of the perplexity that top-{fraction:.1%} caching loses"
-        found.append(Verdict(claim, closed >= 0.5, numbers))
+        found.append(Verdict(f"rank 4 takes back at least half of the perplexity that top-{fraction:.1%} caching loses", closed >= 0.5,
+                             f"{ppl[fraction, 0]:.2f} -> {ppl[fraction, 4]:.2f}, full {full:.2f}: {closed:.0%}"))  # fmt: skip
     return found
 
 
@@ -114,13 +110,12 @@ def training_speed(record: dict) -> list[Verdict]:
     """Seconds an epoch against the step-by-step scheme, and the growth of peak memory with the length."""
     case = {(p["parameters"]["scheme"], p["parameters"]["length"]): p for p in record["points"].values()}
     ratio = {n: case["stepwise", n]["seconds_epoch"] / case["ours", n]["seconds_epoch"] for scheme, n in case if scheme == "stepwise"}
-    found = []
-    if {1024, 2048} <= set(ratio):
-        numbers = ", ".join(f"{r:.0f}x at {n}" for n, r in sorted(ratio.items()))
-        found = [Verdict("an epoch takes at least 25 times fewer seconds at 1,024 tokens", ratio[1024] >= 25, numbers),
-                 Verdict("and the ratio is larger at 2,048", ratio[2048] > ratio[1024], numbers)]  # fmt: skip
-        memory = [case["ours", n]["peak_mib"] for n in (1024, 2048, 4096)]
-        growth = " -> ".join(f"{m:.0f}" for m in memory) + " MiB at 1,024, 2,048 and 4,096 tokens"
-        linear = memory[2] <= 2.2 * memory[1] and memory[1] <= 2.2 * memory[0]
-        found.append(Verdict("peak memory grows linearly: at most 2.2 times per doubling", linear, growth))
-    return found
+    if not {1024, 2048} <= set(ratio):
+        return []
+    numbers = ", ".join(f"{r:.0f}x at {n}" for n, r in sorted(ratio.items()))
+    memory = [case["ours", n]["peak_mib"] for n in (1024, 2048, 4096)]
+    growth = " -> ".join(f"{m:.0f}" for m in memory) + " MiB at 1,024, 2,048 and 4,096 tokens"
+    linear = all(longer <= 2.2 * shorter for shorter, longer in pairwise(memory))
+    return [Verdict("an epoch takes at least 25 times fewer seconds at 1,024 tokens", ratio[1024] >= 25, numbers),
+            Verdict("and the ratio is larger at 2,048", ratio[2048] > ratio[1024], numbers),
+            Verdict("peak memory grows linearly: at most 2.2 times per doubling", linear, growth)]  # fmt: skip

@@ -1,12 +1,9 @@
-"""One function per table or figure: a profile and a seed in, a recorded result out.
-
-Every function names its points and lets `results.sweep` compute those that are missing; `claims` decides what they show.
-"""
-from __future__ import annotations
-
+"""One function per table or figure: it names its points for a profile and seed, and `results.sweep` computes those that are missing."""
 import functools
 import hashlib
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -16,7 +13,7 @@ from .bench import measure
 from .data import load_corpus, training_windows
 from .evaluate import Window, evaluation_windows, perplexity
 from .hf import attention_modules, less, model_shape, output_projection, replace_attention
-from .kernels import Kernels, LayerKernels
+from .kernels import Kernels
 from .models import kernel_path, load_kernels, load_model
 from .policies import Full, Policy, budget_of, get_policy
 from .profiles import get_profile
@@ -31,92 +28,70 @@ model_of = functools.lru_cache(maxsize=1)(load_model)
 @functools.lru_cache(maxsize=4)
 def windows_of(profile: str, corpus: str) -> list[Window]:
     """The evaluation windows of a profile, one context long."""
-    p = get_profile(profile)
-    model, tokenizer = model_of(p.model)
+    p, (model, tokenizer) = get_profile(profile), model_of(get_profile(profile).model)
     return evaluation_windows(load_corpus(corpus), tokenizer, model_shape(model)["context"], p.windows_per_document, p.max_windows)
 
 
-def identity(profile: str, *corpora: str) -> list[dict]:
-    """What every result depends on beside its parameters: corpora, the model's weights, the profile's settings."""
-    p = get_profile(profile)
-    settings = hashlib.sha256(json.dumps(asdict(p), sort_keys=True).encode()).hexdigest()
-    model: dict = vars(model_of(p.model)[0])["less_identity"]
-    return [load_corpus(c).record() for c in corpora] + [
-        {"name": f"model {model['model']}", "sha256": model["revision"]}, {"name": f"profile {profile}", "sha256": settings},
-    ]  # fmt: skip
+def record(name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict], *corpora: str) -> dict:
+    """`results.sweep` of an experiment whose points also depend on `corpora`, the model's weights and the profile's settings."""
+
+    def data() -> list[dict]:
+        settings = json.dumps(asdict(get_profile(profile)), sort_keys=True)
+        model: dict = vars(model_of(get_profile(profile).model)[0])["less_identity"]
+        own = {f"model {model['model']}": model["revision"], f"profile {profile}": hashlib.sha256(settings.encode()).hexdigest()}
+        return [load_corpus(c).record() for c in corpora] + [{"name": name, "sha256": sha256} for name, sha256 in own.items()]
+
+    return sweep(name, profile, seed, points, compute, data)
 
 
-def kernels_for(profile: str, policy: str, fraction: float, seed: int = 0, carried: bool = False) -> Kernels:
-    """The kernels that a profile's experiments use: those notebook 02 trained under it, or the package's own (the tour, `smoke`)."""
-    p = get_profile(profile)
-    if p.quick or carried:
-        return load_kernels(p.model, policy, fraction)
-    return load_kernels(p.model, policy, fraction, results_dir(profile) / "kernels", seed)
-
-
-# ---------------------------------------------------------------- Table 2, Table 7, Table 3's first column: perplexity
-def score(
-    profile: str, seed: int, corpus: str, method: str, policy: str = "h2o", fraction: float = 1.0, carried: bool = False
-) -> dict:
+def score(profile: str, seed: int, corpus: str, method: str, policy: str = "h2o", fraction: float = 1.0, carried: bool = False) -> dict:
     """Perplexity on `corpus` of one method: Full, Baseline, Baseline+, Performer, or LESS (p%) with kernels trained at p%."""
-    p = get_profile(profile)
+    p, kernels = get_profile(profile), None
     model = model_of(p.model)[0]
     shape = model_shape(model)
-    kernels: Kernels | None = None
-    chosen: Policy = Full()
-    if method != "Full":
-        chosen = get_policy(policy).from_fraction(fraction, shape["context"])
+    chosen: Policy = Full() if method == "Full" else get_policy(policy).from_fraction(fraction, shape["context"])
     if method == "Baseline+":
         chosen = chosen.plus(p.kernel_size // 2)
     elif method == "Performer":
         kernels = Kernels.performer(shape, p.kernel_size, seed)
     elif method.startswith("LESS"):
-        kernels = kernels_for(profile, policy, float(method[6:-2]) / 100, seed, carried)
+        trained = () if p.quick or carried else (results_dir(profile) / "kernels", seed)  # by notebook 02, or those of the package
+        kernels = load_kernels(p.model, policy, float(method[6:-2]) / 100, *trained)
     with less(model, chosen, kernels, mode="parallel"):
         return perplexity(model, windows_of(profile, corpus), p.batch)
 
 
 def _perplexities(name: str, profile: str, seed: int, points: dict[str, dict]) -> dict:
     corpora = sorted({p["corpus"] for p in points.values()})
-    return sweep(name, profile, seed, points, functools.partial(score, profile, seed), lambda: identity(profile, *corpora))
-
-
-def trained_at(fraction: float) -> str:
-    return f"LESS ({fraction * 100:g}%)"
+    return record(name, profile, seed, points, functools.partial(score, profile, seed), *corpora)
 
 
 def tour(profile: str, seed: int = 0) -> dict:
     """The effect in four rows, with the kernels that the package carries: H2O at 5% of the context."""
     corpus = get_profile(profile).evaluation[0]
     where = {"corpus": corpus, "fraction": POLICY_FRACTION, "carried": True}
-    methods = ("Full", "Baseline", "Baseline+", trained_at(POLICY_FRACTION))
+    methods = ("Full", "Baseline", "Baseline+", f"LESS ({POLICY_FRACTION:.0%})")
     return _perplexities("tour", profile, seed, {f"{corpus}/5%/{m}": where | {"method": m} for m in methods})
 
 
 def language_modeling(profile: str, seed: int = 0) -> dict:
     """Table 2: H2O at several budgets; all methods, and LESS trained at each budget and tested at every one."""
-    p = get_profile(profile)
-    points: dict[str, dict] = {}
+    p, points = get_profile(profile), dict[str, dict]()
+    methods = ("Baseline", "Baseline+", "Performer", *(f"LESS ({f:.0%})" for f in p.fractions))
     for corpus in p.evaluation:
         points[f"{corpus}/Full"] = {"corpus": corpus, "method": "Full"}
-        for fraction in p.fractions:
-            for method in ("Baseline", "Baseline+", "Performer", *map(trained_at, p.fractions)):
-                points[f"{corpus}/{fraction:.0%}/{method}"] = {"corpus": corpus, "method": method, "fraction": fraction}
+        points |= {f"{corpus}/{f:.0%}/{m}": {"corpus": corpus, "method": m, "fraction": f} for f in p.fractions for m in methods}
     return _perplexities("language_modeling", profile, seed, points)
 
 
 def sparse_policies(profile: str, seed: int = 0) -> dict:
     """Table 7 and the first column of Table 3: Lambda and TOVA at 5%; Full and H2O stand in `language_modeling`."""
-    points = {}
-    for corpus in get_profile(profile).evaluation:
-        for policy in ("lambda", "tova"):
-            for method in ("Baseline", "Baseline+", trained_at(POLICY_FRACTION)):
-                where = {"corpus": corpus, "method": method, "policy": policy, "fraction": POLICY_FRACTION}
-                points[f"{corpus}/{policy}/{method}"] = where
+    methods = ("Baseline", "Baseline+", f"LESS ({POLICY_FRACTION:.0%})")
+    cells = itertools.product(get_profile(profile).evaluation, ("lambda", "tova"), methods)
+    points = {f"{c}/{p}/{m}": {"corpus": c, "method": m, "policy": p, "fraction": POLICY_FRACTION} for c, p, m in cells}
     return _perplexities("sparse_policies", profile, seed, points)
 
 
-# ---------------------------------------------------------------- training: the kernels of a profile, its recipe, its speed
 def training_kernels(profile: str, seed: int = 0) -> dict:
     """Train every set of kernels that the profile's tables use; curves of LESS and Baseline+ by layer."""
     p = get_profile(profile)
@@ -127,13 +102,12 @@ def training_kernels(profile: str, seed: int = 0) -> dict:
         return {"layers": train_for_profile(p, policy, fraction, path, seed)}
 
     points = {f"{policy} {fraction:.0%}": {"policy": policy, "fraction": fraction} for policy, fraction in sets}
-    return sweep("training_kernels", profile, seed, points, compute, lambda: identity(profile, *p.training))
+    return record("training_kernels", profile, seed, points, compute, *p.training)
 
 
 def recipes(profile: str, seed: int = 0) -> dict:
     """The ablation behind the small profiles' recipe: one setting changed at a time, H2O at the smallest budget, first and last layer."""
     p = get_profile(profile)
-    fraction = min(p.fractions)
     base = asdict(Recipe.of(p, seed))
     changes = {"lr": (1e-3, 3e-3, 1e-2), "dropout": (0.0, 0.3), "hidden": (128, 512), "batch": (2, 4)}
     points = {"this profile": base}
@@ -145,7 +119,7 @@ def recipes(profile: str, seed: int = 0) -> dict:
         model, tokenizer = model_of(p.model)
         corpora, count = [load_corpus(c) for c in p.training], min(p.sequences, ABLATION_WINDOWS)
         windows = training_windows(corpora, tokenizer, model_shape(model)["context"], count, seed)
-        policy, modules = get_policy("h2o").from_fraction(fraction, windows.shape[1]), attention_modules(model)
+        policy, modules = get_policy("h2o").from_fraction(min(p.fractions), windows.shape[1]), attention_modules(model)
         layers = capture_layers(model, windows, [min(modules), max(modules)])
         return {i: LayerTrainer(d, policy, output_projection(modules[i]).weight.detach(), p.validation) for i, d in layers.items()}
 
@@ -153,23 +127,22 @@ def recipes(profile: str, seed: int = 0) -> dict:
         r, left = Recipe(**recipe), {}
         for i, trainer in trainers().items():
             layer = Kernels.new(model_shape(model_of(p.model)[0]), r.kernel_size, r.hidden, r.dropout, r.seed)[i]
-            assert isinstance(layer, LayerKernels)
             left[str(i)] = trainer.fit(layer, r, f"layer {i}")["best"]
         return {"error_left": left}
 
-    return sweep("recipes", profile, seed, points, compute, lambda: identity(profile, *p.training))
+    return record("recipes", profile, seed, points, compute, *p.training)
 
 
 def training_speed(profile: str, seed: int = 0) -> dict:
     """Seconds and peak memory of one epoch, ours and the step-by-step scheme, each case in a fresh process."""
-    recipe = {"hidden": get_profile(profile).hidden, "dropout": get_profile(profile).dropout, "seed": seed}
-    lengths = (512,) if get_profile(profile).quick else (512, 1024, 2048, 4096)
+    p = get_profile(profile)
+    case = {"sequences": 8, "fraction": 0.05, "hidden": p.hidden, "dropout": p.dropout, "seed": seed}
+    lengths = (512,) if p.quick else (512, 1024, 2048, 4096)
     cases = [("ours", s) for s in lengths] + [("stepwise", s) for s in lengths[:3]]
-    points = {f"{scheme} {s}": {"scheme": scheme, "length": s, "sequences": 8, "fraction": 0.05, **recipe} for scheme, s in cases}
-    return sweep("training_speed", profile, seed, points, measure, lambda: identity(profile, "topics-train"))
+    points = {f"{scheme} {s}": {"scheme": scheme, "length": s, **case} for scheme, s in cases}
+    return record("training_speed", profile, seed, points, measure, "topics-train")
 
 
-# ---------------------------------------------------------------- Figure 3: what a sparse policy leaves is of low rank
 def topk_outputs(q: Tensor, k: Tensor, v: Tensor, scaling: float, count: int) -> tuple[Tensor, Tensor]:
     """Dense causal attention and attention over each query's own top `count` keys, both [B, Hq, S, Dv]."""
     groups, S = q.shape[1] // k.shape[1], q.shape[2]
@@ -210,12 +183,11 @@ def low_rank_residuals(profile: str, seed: int = 0) -> dict:
             scored = perplexity(model, windows, min(p.batch, 4))
         if what != "singular values":
             return scored
-        mean = {i: torch.stack(s).mean(0) for i, s in spectra.items()}
-        return {"layers": {str(i): {"full": [round(x, 6) for x in m[0].tolist()], "residual": [round(x, 6) for x in m[1].tolist()]}
-                           for i, m in mean.items()}}  # fmt: skip
+        mean = {str(i): torch.stack(s).mean(0).tolist() for i, s in spectra.items()}
+        return {"layers": {i: {"full": [round(x, 6) for x in m[0]], "residual": [round(x, 6) for x in m[1]]} for i, m in mean.items()}}
 
     points: dict[str, dict] = {"singular values": {"what": "singular values", "fraction": 0.125}}
     for f in fractions:
         points |= {f"top {f:.1%}, rank {r}": {"what": "perplexity", "fraction": f, "rank": r} for r in (0, 1, 2, 4, 8)}
     points["full"] = {"what": "perplexity", "fraction": 1.0}
-    return sweep("low_rank_residuals", profile, seed, points, compute, lambda: identity(profile, corpus))
+    return record("low_rank_residuals", profile, seed, points, compute, corpus)

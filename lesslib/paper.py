@@ -1,6 +1,4 @@
 """The paper's numbers (assets/paper.json), by table, and how this project names their rows and columns."""
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

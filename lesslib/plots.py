@@ -1,10 +1,11 @@
 """Recorded results in, pictures and tables out. Nothing here computes: every number comes from a result's JSON."""
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
 from .evaluate import POSITION_BIN, gap_closed
-from .results import results_dir
+from .results import results_dir, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,11 +33,9 @@ def save(figure: Figure, profile: str, name: str) -> Figure:
     """Write results/<profile>/figures/<name>.png and hand the figure back, closed, so that a notebook shows it once."""
     import matplotlib.pyplot as plt
 
-    path = results_dir(profile) / "figures" / f"{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp.png")
-    figure.savefig(scratch, metadata={"Software": None})
-    scratch.replace(path)
+    image = io.BytesIO()
+    figure.savefig(image, metadata={"Software": None})
+    write_bytes(results_dir(profile) / "figures" / f"{name}.png", image.getvalue())
     plt.close(figure)
     return figure
 
@@ -57,7 +56,6 @@ def cells(record: dict, prefix: str) -> dict[str, dict]:
     return {m: found[m] for m in sorted(found, key=order)}
 
 
-# ---------------------------------------------------------------- notebook 01, Figure 3
 def low_rank_residuals(record: dict) -> Figure:
     figure, (left, right) = axes(2)
     layers = record["points"]["singular values"]["layers"]
@@ -67,19 +65,18 @@ def low_rank_residuals(record: dict) -> Figure:
             left.semilogy(range(1, len(layer[what]) + 1), layer[what], color=tint, alpha=shade, label=what if i == "0" else None)
     left.set(xlabel="index", ylabel="singular value / largest of full", title="outputs and top-12.5% residuals, by layer")
     left.legend()
-    series: dict[str, list[tuple[int, float]]] = {}
+    series: dict[float, list[tuple[int, float]]] = {}
     for p in record["points"].values():
-        if p["parameters"].get("what") == "perplexity" and "rank" in p["parameters"]:
-            series.setdefault(f"top {p['parameters']['fraction']:.1%}", []).append((p["parameters"]["rank"], p["token_ppl"]))
-    for (label, points), tint in zip(series.items(), BLUES, strict=False):
-        right.plot(*zip(*sorted(points), strict=True), "o-", color=tint, label=label)
+        if "rank" in p["parameters"]:
+            series.setdefault(p["parameters"]["fraction"], []).append((p["parameters"]["rank"], p["token_ppl"]))
+    for (fraction, points), tint in zip(series.items(), BLUES, strict=False):
+        right.plot(*zip(*sorted(points), strict=True), "o-", color=tint, label=f"top {fraction:.1%}")
     right.axhline(record["points"]["full"]["token_ppl"], color=COLOURS["Full"], ls="--", label="full")
     right.set(xlabel="rank of the residual that is added back", ylabel="token perplexity", title="top-k caching, recovered")
     right.legend()
     return figure
 
 
-# ---------------------------------------------------------------- notebook 02
 def training_curves(record: dict) -> Figure:
     points = record["points"]
     figure, panels = axes(len(points), width=3.1, height=2.9)
@@ -105,7 +102,6 @@ def training_speed(record: dict) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------- notebook 03, Table 2
 def perplexity_by_budget(record: dict, corpora: list[str], fractions: list[float]) -> Figure:
     figure, panels = axes(len(corpora))
     for panel, corpus in zip(panels, corpora, strict=True):

@@ -1,10 +1,4 @@
-"""Pretrain the pico models: `python -m lesslib.pretrain --help`.
-
-Real text in, a small causal language model and its card out: AdamW, warm-up then linear decay, bf16 autocast, resumable
-to the step, held-out loss by position. Runs on CPU or GPU.
-"""
-from __future__ import annotations
-
+"""Pretrain the pico models on real text, with AdamW and a linear decay, resumable to the step: `python -m lesslib.pretrain --help`."""
 import argparse
 import hashlib
 import io
@@ -20,17 +14,11 @@ import torch.nn.functional as F
 
 from .data import Corpus, Document, encode, load_corpus
 from .models import keep_memory, load_model
-from .results import write_bytes, write_json, write_torch
+from .results import read_torch, write_bytes, write_json, write_torch
 
 MIX = {"wikipedia": 0.57, "novels": 0.38, "topics-train": 0.05}
 HELD_OUT = {"wikipedia": 100, "novels": 3}  # documents never trained on, after a shuffle with seed 0
 BINS = (0, 64, 256, 512, 1 << 30)
-OPTIONS = {
-    "minutes": (60.0, "stop, and end the learning-rate decay, after this wall time (inf: no limit)"),
-    "tokens": (100_000_000, "or after this many tokens, whichever comes first"), "batch": (8, "windows a step"),
-    "lr": (2e-3, "peak learning rate"), "seed": (0, "of the order of windows"),
-    "windows": (64, "held-out windows per corpus, each inside one document"), "save-every": (240.0, "seconds between checkpoints"),
-}  # fmt: skip
 
 
 def split(corpora: dict[str, Corpus]) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
@@ -65,9 +53,7 @@ class Windows:
         self.ends = np.append(self.starts[1:], len(tokens))
 
     def _cut(self, start: int) -> np.ndarray:
-        window = self.tokens[start : start + self.length].astype(np.int64)
-        window[0] = self.bos
-        return window
+        return np.append(self.bos, self.tokens[start + 1 : start + self.length]).astype(np.int64)
 
     def at(self, position: int) -> np.ndarray:
         """The window, [length], that starts at `position`, or before it where the document or the text ends too early."""
@@ -90,8 +76,7 @@ class Windows:
 def loss_by_position(model, windows: np.ndarray, batch: int = 8) -> dict[str, float]:
     """Mean next-token loss in nats by position of the predicting token, over windows [n, length]."""
     losses = []
-    for x in torch.from_numpy(windows).split(batch):
-        x = x.to(model.device)
+    for x in torch.from_numpy(windows).to(model.device).split(batch):
         logits = model(input_ids=x, use_cache=False).logits[:, :-1].float()
         losses.append(F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").double().cpu())
     mean = torch.cat(losses).mean(0)
@@ -104,9 +89,8 @@ def pretrain(
 ) -> dict:
     """Continue `start` (a carried model, a folder or a hub name) into `out`; returns the model card written beside the weights.
 
-    A second call resumes at the last checkpoint, written every `save_every` seconds; on CPU the weights come out the same as
-    without the interruption if the limit on tokens ends the run (the learning rate follows the nearer limit). Raises
-    ValueError for a checkpoint that is damaged or of other settings, FloatingPointError for a loss that is not finite.
+    A second call resumes at the last checkpoint; on CPU with the same weights as an uninterrupted run that the limit on tokens ends.
+    Raises ValueError for a checkpoint that is damaged or of other settings, FloatingPointError for a loss that is not finite.
     """
     model, tokenizer = load_model(start, dtype=torch.float32)
     length, corpora = model.config.max_position_embeddings, {name: load_corpus(name) for name in MIX}
@@ -118,11 +102,7 @@ def pretrain(
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     settings = {"batch": batch, "lr": lr, "seed": seed, "data": {n: c.sha256 for n, c in corpora.items()}}
     step, spent, checkpoint = 0, 0.0, out / "checkpoint.pt"
-    if checkpoint.exists():
-        try:
-            state = torch.load(checkpoint, map_location=model.device, weights_only=True)
-        except Exception as e:  # of many types, and torch names no file
-            raise ValueError(f"{checkpoint} is damaged ({type(e).__name__}): delete it to start over") from e
+    if state := read_torch(checkpoint, "delete it to start over", model.device):
         if other := [k for k in settings if settings[k] != state["settings"][k]]:
             raise ValueError(f"{checkpoint} was made with another {', '.join(other)}: repeat its settings, or give another --out")
         model.load_state_dict(state["model"])
@@ -166,7 +146,7 @@ def pretrain(
         f"--batch {batch} --lr {lr:g} --seed {seed} --windows {windows}",
         "data": {n: c.record() | {"share": MIX[n], "held_out_documents": HELD_OUT.get(n, 0)} for n, c in corpora.items()},
         "parameters": model.num_parameters(), "context": length, "vocabulary": model.config.vocab_size, "seed": seed, "steps": step,
-        "tokens_seen_millions": round(step * batch * length / 1e6, 2), "minutes": round((now - begun) / 60, 1),
+        "tokens_seen_millions": round(seen / 1e6, 2), "minutes": round((now - begun) / 60, 1),
         "device": str(model.device), "torch": torch.__version__, "heldout_loss_by_position": losses,
     }  # fmt: skip
     write_json(out / "model" / "card.json", card)
@@ -178,8 +158,13 @@ def main() -> None:
     p = argparse.ArgumentParser("python -m lesslib.pretrain", None, __doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--start", required=True, help="model to continue: a carried one, a folder or a hub name")
     p.add_argument("--out", type=Path, required=True, help="folder for token files, the checkpoint and the final model/")
-    for name, (default, what) in OPTIONS.items():
-        p.add_argument(f"--{name}", type=type(default), default=default, help=what)
+    p.add_argument("--minutes", type=float, default=60.0, help="end the run and the learning-rate decay after this wall time (or inf)")
+    p.add_argument("--tokens", type=int, default=100_000_000, help="or after this many tokens, whichever comes first")
+    p.add_argument("--batch", type=int, default=8, help="windows a step")
+    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    p.add_argument("--seed", type=int, default=0, help="of the order of windows")
+    p.add_argument("--windows", type=int, default=64, help="held-out windows per corpus, each inside one document")
+    p.add_argument("--save-every", type=float, default=240.0, help="seconds between checkpoints")
     keep_memory()
     pretrain(**vars(p.parse_args()))
 

@@ -1,6 +1,4 @@
 """Profiles: what a run of the notebooks uses. A notebook's parameters are `profile` and `seed`, no more."""
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 
@@ -18,9 +16,8 @@ class Profile:
     max_windows: int = 64  # evaluation windows per corpus
     batch: int = 8  # evaluation windows at once
     fractions: tuple[float, ...] = (0.02, 0.05, 0.1)  # budgets, as shares of the model's context
-    # the recipe of kernel training: R, the width of the hidden layer, and the optimiser's settings
     quick: bool = False  # for tests: the kernels in the package, fewer points
-    kernel_size: int = 8
+    kernel_size: int = 8  # R; from here to train_batch: the recipe of kernel training
     hidden: int = 128
     sequences: int = 96
     validation: int = 8
@@ -29,25 +26,21 @@ class Profile:
     lr: float = 3e-3
     dropout: float = 0.0
     train_batch: int = 4
-    # what must be there before anything is computed
-    disk_gib: float = 1.0
+    disk_gib: float = 1.0  # what must be there before anything is computed
     gpu_gib: float = 0.0
 
 
-PROFILES = {
-    p.name: p
-    for p in (
-        Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=2, max_windows=6, fractions=(0.05,),
-                quick=True, train_batch=2, sequences=12, validation=4, epochs=3, halve_every=1),
-        Profile("tiny", "two CPU cores, offline, 15 min"),
-        Profile("wild", "two CPU cores, 60 min, $LESS_DATA or the hub", evaluation=("wikitext2", "books"), training=("c4",),
-                windows_per_document=6, max_windows=60, sequences=208, validation=16, epochs=6, halve_every=2, disk_gib=3.0),
-        Profile("paper", "one 80 GiB GPU, the hub, hours", model="meta-llama/Llama-2-7b-hf",
-                evaluation=("wikitext2", "books"), training=("c4",), windows_per_document=64, max_windows=10_000, batch=1,
-                hidden=512, sequences=512, validation=32, epochs=40, halve_every=10, lr=1e-3, dropout=0.3, train_batch=2,
-                disk_gib=700.0, gpu_gib=70.0),
-    )
-}  # fmt: skip
+PROFILES = {p.name: p for p in (
+    Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=2, max_windows=6, fractions=(0.05,),
+            quick=True, train_batch=2, sequences=12, validation=4, epochs=3, halve_every=1),
+    Profile("tiny", "two CPU cores, offline, 15 min"),
+    Profile("wild", "two CPU cores, 60 min, $LESS_DATA or the hub", evaluation=("wikitext2", "books"), training=("c4",),
+            windows_per_document=6, max_windows=60, sequences=208, validation=16, epochs=6, halve_every=2, disk_gib=3.0),
+    Profile("paper", "one 80 GiB GPU, the hub, hours", model="meta-llama/Llama-2-7b-hf",
+            evaluation=("wikitext2", "books"), training=("c4",), windows_per_document=64, max_windows=10_000, batch=1,
+            hidden=512, sequences=512, validation=32, epochs=40, halve_every=10, lr=1e-3, dropout=0.3, train_batch=2,
+            disk_gib=700.0, gpu_gib=70.0),
+)}  # fmt: skip
 
 
 def get_profile(name: str | None = None) -> Profile:

@@ -1,6 +1,4 @@
 """Recorded results: one JSON file per experiment, one entry per point, resumable and never half written; and progress."""
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
@@ -28,7 +26,6 @@ def results_dir(profile: str) -> Path:
     return Path(os.environ.get("LESS_RESULTS") or ROOT / "results") / profile
 
 
-# ---------------------------------------------------------------- files: written whole or not at all
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Write a file by atomic rename. Raises OSError naming the path and what to do when the disk refuses."""
     path = Path(path)
@@ -70,17 +67,27 @@ def write_torch(path: str | os.PathLike, obj: object) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def read_torch(path: Path, fix: str, device: Any = "cpu") -> Any:
+    """What `write_torch` wrote, None where there is no file. Raises ValueError for a damaged one, with its `fix`."""
+    import torch
+
+    try:
+        return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+    except Exception as e:  # of many types, and torch names no file
+        raise ValueError(f"{path} is damaged ({type(e).__name__}): {fix}") from e
+
+
 def _read(path: Path, whole: Callable[[Any], bool], fix: str) -> Any:
     """The JSON of a file, None where there is none. Raises ValueError for one that is damaged or not `whole`."""
     try:
         found = json.loads(path.read_text())
-        if not whole(found):
-            raise ValueError("not what belongs there")
-        return found
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}): {fix}") from e
+    if not whole(found):
+        raise ValueError(f"{path} is damaged (not what belongs there): {fix}")
+    return found
 
 
 def load(name: str, profile: str) -> dict | None:
@@ -89,7 +96,6 @@ def load(name: str, profile: str) -> dict | None:
     return _read(results_dir(profile) / f"{name}.json", lambda x: isinstance(x, dict) and isinstance(x.get("points"), dict), fix)
 
 
-# ---------------------------------------------------------------- where a result comes from
 def _commit() -> str:
     """HEAD, with -dirty when lesslib or the environment differ from it."""
     command = ["git", "-C", str(ROOT), "status", "--porcelain=2", "--branch", "--", "lesslib", "environment.yml"]
@@ -114,14 +120,13 @@ def manifest(profile: str, seed: int, data: list[dict], seconds: float) -> dict:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "profile": profile, "seed": seed, "data": data, "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": round(seconds, 1),
+        "profile": profile, "seed": seed, "data": data, "seconds": round(seconds, 1),
+        "commit": _commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "lesslib": __version__, **versions},
         "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_gib": round(memory), "gpu": gpu},
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------- a sweep: points that are computed once
 def cache_key(parameters: dict, seed: int, data: list[dict], version: int) -> str:
     """What decides a point's value: its parameters, the seed, the data's sha256 and the experiment's version; not the source text."""
     identity = [parameters, seed, sorted(d["sha256"] for d in data), version]
@@ -132,11 +137,10 @@ def sweep(
     name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict],
     data: Callable[[], list[dict]], version: int = 1,
 ) -> dict:  # fmt: skip
-    """Compute the points of experiment `name` that are not recorded yet, one `compute(**parameters)` each; returns the whole file.
+    """Compute the `points` (name: parameters) of an experiment that are not recorded yet, by `compute(**parameters)`; the whole file.
 
-    `points` maps names to parameters (JSON values); each is on disk before the next begins, so an interrupted sweep resumes. `data()`
-    gives records with a sha256 (see `Corpus.record`). Recorded points count as done; with $LESS_LEDGER (of `lesslib.run`), only those
-    noted in that file, which this machine computed. With $LESS_FROM_RESULTS nothing is computed, a missing point raises FileNotFoundError.
+    Each is on disk before the next begins. `data()` gives records with a sha256 (see `Corpus.record`). With $LESS_LEDGER only points
+    noted there count as recorded; with $LESS_FROM_RESULTS nothing is computed, and a missing point raises FileNotFoundError.
     """
     path, record = results_dir(profile) / f"{name}.json", load(name, profile) or {"points": {}}
     if os.environ.get("LESS_FROM_RESULTS"):
@@ -148,8 +152,7 @@ def sweep(
     keys = {p: cache_key(parameters, seed, sources, version) for p, parameters in points.items()}
     recorded = {p: record["points"][p] for p in points if record["points"].get(p, {}).get("cache_key") == keys[p]}
     done = {p: entry for p, entry in recorded.items() if not ledger or f"{name}:{p}:{keys[p]}" in here}
-    todo = [p for p in points if p not in done]
-    if todo:
+    if todo := [p for p in points if p not in done]:
         check_writable(path.parent)
     for point in todo:
         seconds = [e["seconds"] for e in recorded.values()]
@@ -172,7 +175,6 @@ def sweep(
     return load(name, profile) or record
 
 
-# ---------------------------------------------------------------- progress: a file for the runner, a bar for a person
 _sweep: dict[str, Any] = {}  # the point under way, which the loops inside it belong to
 _began: dict[str, float] = {}  # when each loop that has a bar was first heard of
 

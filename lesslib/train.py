@@ -1,9 +1,8 @@
 """Train the kernels of LESS, layer by layer: `python -m lesslib.train --help`.
 
-One pass of the model captures q, k, v and the attention outputs of all wanted layers. Eviction times, the sparse
-outputs, their log-sum-exps and the targets do not depend on the kernels, so each is computed once per sequence; an epoch
-then costs phi, psi and one linear scan. The loss is the squared error after the output projection, at positions past the
-budget (paper, section 3.2), divided by the sparse policy's own: 1 is no better than eviction alone, 0 is the full cache.
+One pass of the model captures q, k, v and the attention outputs of all wanted layers. What does not depend on the kernels is
+computed once per sequence; an epoch then costs phi, psi and one linear scan. The loss is the squared error after the output
+projection at positions past the budget (paper, section 3.2) over the sparse policy's own: 1 is eviction alone, 0 the full cache.
 """
 from __future__ import annotations
 
@@ -13,11 +12,12 @@ import json
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import __version__
 from .data import load_corpus, training_windows
@@ -27,12 +27,12 @@ from .models import keep_memory, kernel_path, load_model
 from .parallel import Evicted, evict, recover
 from .policies import Policy, get_policy
 from .profiles import Profile, get_profile
-from .results import progress, results_dir, write_torch
+from .results import progress, read_torch, results_dir, write_torch
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of kernel training; `Recipe.of(profile)` takes a profile's. The paper's are those of the `paper` profile."""
+    """Settings of kernel training; the defaults are the paper's, `Recipe.of(profile, seed)` takes a profile's."""
 
     kernel_size: int = 8
     hidden: int = 512
@@ -44,8 +44,7 @@ class Recipe:
     seed: int = 0
 
     @classmethod
-    def of(cls, profile: Profile, seed: int) -> Recipe:
-        p = profile
+    def of(cls, p: Profile, seed: int) -> Recipe:
         return cls(p.kernel_size, p.hidden, p.epochs, p.halve_every, p.lr, p.dropout, p.train_batch, seed)
 
     def __post_init__(self) -> None:
@@ -56,43 +55,42 @@ class Recipe:
 
 @dataclass
 class LayerData:
-    """One layer over N sequences: q [N, Hq, S, D], k [N, Hkv, S, D], v [N, Hkv, S, Dv], out [N, Hq, S, Dv], and the logits' scaling."""
+    """One layer over N sequences: q, out [N, Hq, S, D or Dv], k, v [N, Hkv, S, D or Dv], and the logits' scaling."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     out: Tensor
-    scaling: float
+    scaling: float = field(default=0.0, init=False)
 
 
 def capture_layers(
     model, windows: Tensor, layers: list[int], batch: int = 8, memory_gib: float = 8.0, folder: Path | None = None
 ) -> dict[int, LayerData]:
-    """q, k, v after RoPE and dense attention outputs of `layers` over token `windows` [N, S], in ONE pass of the model.
+    """q, k, v after RoPE and attention outputs of `layers` over token `windows` [N, S], from ONE pass, in half precision.
 
-    Kept in half precision (bfloat16 for a bfloat16 model). Beyond `memory_gib` they are files in `folder`, mapped into
-    memory, which the caller deletes.
+    Beyond `memory_gib` they are mapped files in `folder`, which the caller deletes; ValueError without a folder that holds them.
     """
     shape, (N, S) = model_shape(model), windows.shape
     heads = {"q": shape["heads"], "k": shape["kv_heads"], "v": shape["kv_heads"], "out": shape["heads"]}
     dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
     need = len(layers) * N * S * shape["head_dim"] * sum(heads.values()) * dtype.itemsize
-    if need > memory_gib * 2**30 and (folder is None or shutil.disk_usage(folder).free < need):
+    on_disk = need > memory_gib * 2**30
+    if on_disk and (folder is None or shutil.disk_usage(folder).free < need):
         where = "give a folder to stream them to" if folder is None else f"free that much disk at {folder}, or use fewer sequences"
         raise ValueError(f"the captured layers take {need / 2**30:.1f} GiB, above memory_gib={memory_gib:g}: {where}")
 
     def allocate(layer: int, name: str) -> Tensor:
-        size = (N, heads[name], S, shape["head_dim"])
-        if need <= memory_gib * 2**30:
+        size = torch.Size((N, heads[name], S, shape["head_dim"]))
+        if not on_disk:
             return torch.empty(size, dtype=dtype)
-        return torch.from_file(f"{folder}/{layer}-{name}.bin", shared=True, size=torch.Size(size).numel(), dtype=dtype).view(size)
+        return torch.from_file(f"{folder}/{layer}-{name}.bin", shared=True, size=size.numel(), dtype=dtype).view(size)
 
-    data = {i: LayerData(allocate(i, "q"), allocate(i, "k"), allocate(i, "v"), allocate(i, "out"), scaling=0.0) for i in layers}
+    data = {i: LayerData(*(allocate(i, name) for name in heads)) for i in layers}
     rows = slice(0, 0)
 
     def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scaling: float) -> None:
-        if layer in data:
-            d = data[layer]
+        if d := data.get(layer):
             d.scaling = scaling
             for into, x in ((d.q, q), (d.k, k), (d.v, v), (d.out, out)):
                 into[rows] = x.to("cpu", dtype)
@@ -109,31 +107,29 @@ class LayerTrainer:
     """Everything that training one layer needs, computed once: eviction times, sparse outputs, log-sum-exps, errors."""
 
     def __init__(self, data: LayerData, policy: Policy, projection: Tensor, validation: int, batch: int = 8, plus: int = 4):
-        self.data, self.policy, self.device = data, policy, projection.device
+        self.data, self.policy, self.batch, self.device = data, policy, batch, projection.device
         self.projection = projection.float()  # W_O [d_model, Hq * Dv]
         N = len(data.q)
         if not 0 < validation < N:
             raise ValueError(f"{validation} validation sequences of {N}: leave at least one for training and one for validation")
-        self.train_rows, self.validation_rows = torch.arange(N - validation), torch.arange(N - validation, N)
-        parts = [self._evict(policy, torch.arange(i, min(i + batch, N))) for i in range(0, N, batch)]
-        self.times = torch.cat([p.times.cpu() for p in parts])
-        self.sparse = torch.cat([p.sparse.to("cpu", data.q.dtype) for p in parts])
-        self.logsumexp = torch.cat([p.logsumexp.cpu() for p in parts])
+        self.train_rows, self.validation_rows = torch.arange(N).split([N - validation, validation])
+        parts = [self._evict(policy, rows) for rows in torch.arange(N).split(batch)]
+        once = [(e.times.cpu(), e.sparse.to("cpu", data.q.dtype), e.logsumexp.cpu()) for e in parts]
+        self.times, self.sparse, self.logsumexp = (torch.cat(each) for each in zip(*once, strict=True))
         sets = {"train": self.train_rows, "validation": self.validation_rows}
-        self.sparse_error = {name: self._mean_error(lambda r: self.evicted(r).sparse, rows, batch) for name, rows in sets.items()}
-        self.plus_error = self._mean_error(lambda r: self._evict(policy.plus(plus), r).sparse, self.validation_rows, batch)
+        self.sparse_error = {name: self._mean_error(lambda r: self.evicted(r).sparse, rows) for name, rows in sets.items()}
+        self.plus_error = self._mean_error(lambda r: self._evict(policy.plus(plus), r).sparse, self.validation_rows)
 
-    def _load(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        d = self.data
-        return tuple(x[rows].to(self.device, torch.float32) for x in (d.q, d.k, d.v, d.out))  # type: ignore[return-value]
+    def _load(self, rows: Tensor) -> list[Tensor]:
+        return [x[rows].to(self.device, torch.float32) for x in (self.data.q, self.data.k, self.data.v, self.data.out)]
 
     def _evict(self, policy: Policy, rows: Tensor) -> Evicted:
         q, k, v, _ = self._load(rows)
         return evict(policy, q, k, v, scaling=self.data.scaling)
 
     def evicted(self, rows: Tensor) -> Evicted:
-        sparse = self.sparse[rows].to(self.device, torch.float32)
-        return Evicted(self.times[rows].to(self.device), sparse, self.logsumexp[rows].to(self.device))
+        times, sparse, logsumexp = (x[rows].to(self.device) for x in (self.times, self.sparse, self.logsumexp))
+        return Evicted(times, sparse.float(), logsumexp)
 
     def error(self, out: Tensor, target: Tensor) -> Tensor:
         """Mean squared error after W_O at the positions past the budget; out, target [b, Hq, S, Dv]."""
@@ -146,36 +142,35 @@ class LayerTrainer:
         return recover(self.evicted(rows), kernels.phi(q), kernels.psi(k), v), target
 
     @torch.no_grad()
-    def _mean_error(self, out, rows: Tensor, batch: int) -> float:
-        parts = [self.error(out(r), self._load(r)[3]).item() * len(r) for r in rows.split(batch)]
-        return sum(parts) / len(rows)
+    def _mean_error(self, out: Callable[[Tensor], Tensor], rows: Tensor) -> float:
+        return sum(self.error(out(r), self._load(r)[3]).item() * len(r) for r in rows.split(self.batch)) / len(rows)
 
-    def relative_error(self, kernels: LayerKernels, batch: int = 8) -> float:
+    def relative_error(self, kernels: LayerKernels) -> float:
         """Validation error of LESS over the sparse policy's."""
         kernels.eval()
-        with torch.no_grad():
-            return self._mean_error(lambda r: self.output(kernels, r)[0], self.validation_rows, batch) / self.sparse_error["validation"]
+        return self._mean_error(lambda r: self.output(kernels, r)[0], self.validation_rows) / self.sparse_error["validation"]
 
-    def fit(self, kernels: LayerKernels, recipe: Recipe, label: str = "kernels") -> dict:
-        """Train `kernels` in place, keep the weights of the best validation error, return the curves."""
+    def fit(self, kernels: nn.Module, recipe: Recipe, label: str = "kernels") -> dict:
+        """Train one layer's `kernels` in place, keep the weights of the best validation error, return the curves."""
+        assert isinstance(kernels, LayerKernels)
         kernels.to(self.device)
         optimizer = torch.optim.Adam(kernels.parameters(), lr=recipe.lr)
-        generator = torch.Generator().manual_seed(recipe.seed)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, recipe.halve_every, gamma=0.5)
+        order = torch.Generator().manual_seed(recipe.seed)
         best, best_state, train_curve, begun = float("inf"), {}, [], time.time()
         curve = [self.relative_error(kernels)]
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(recipe.seed)  # of dropout
             for epoch in range(recipe.epochs):
-                for g in optimizer.param_groups:
-                    g["lr"] = recipe.lr * 0.5 ** (epoch // recipe.halve_every)
                 kernels.train()
                 losses = []
-                for rows in self.train_rows[torch.randperm(len(self.train_rows), generator=generator)].split(recipe.batch):
+                for rows in self.train_rows[torch.randperm(len(self.train_rows), generator=order)].split(recipe.batch):
                     loss = self.error(*self.output(kernels, rows)) / self.sparse_error["train"]
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     losses.append(loss.item())
+                schedule.step()
                 train_curve.append(sum(losses) / len(losses))
                 curve.append(self.relative_error(kernels))
                 if not curve[-1] < float("inf"):
@@ -184,7 +179,6 @@ class LayerTrainer:
                     best, best_state = curve[-1], {n: t.detach().clone() for n, t in kernels.state_dict().items()}
                 progress(label, epoch + 1, recipe.epochs)
         kernels.load_state_dict(best_state)
-        kernels.eval()
         plus = self.plus_error / self.sparse_error["validation"]
         return {"train": train_curve, "validation": curve, "best": best, "baseline_plus": plus, "seconds": time.time() - begun}
 
@@ -194,9 +188,8 @@ def train(
 ) -> tuple[Kernels, dict]:
     """Train and save the kernels of all layers on token `windows` [N, S]; returns them and {layer: curves}.
 
-    `path` is the checkpoint; every finished layer lies beside it in `<path>.parts/` until all are there, and a second call
-    skips those that were trained with the same recipe on the same windows. Raises ValueError before compute for a budget
-    that the windows never fill, a recipe that cannot work, or a damaged part.
+    Finished layers lie in `<path>.parts/` until all are there; a second call skips those of the same recipe and windows.
+    Raises ValueError before compute for a budget that the windows never fill or a damaged part.
     """
     shape = model_shape(model)
     policy.check(shape["context"])
@@ -206,33 +199,25 @@ def train(
     identity = getattr(model, "less_identity", {})
     kernels.header |= identity | {"policy": policy.name, "budget": policy.budget, "recipe": asdict(recipe), "lesslib": __version__} | header
     stamp = json.dumps([kernels.header, hashlib.sha256(windows.numpy().tobytes()).hexdigest()], sort_keys=True)
-    parts = path.with_name(path.name + ".parts")
-    parts.mkdir(parents=True, exist_ok=True)
+    parts = [path.with_name(f"{path.name}.parts") / f"layer-{i:03d}.pt" for i in range(shape["layers"])]
     curves: dict[str, dict] = {}
-    for i in range(shape["layers"]):
-        part = parts / f"layer-{i:03d}.pt"
-        if part.exists():
-            try:
-                state = torch.load(part, map_location="cpu", weights_only=True)
-            except Exception as e:
-                raise ValueError(f"{part} is damaged ({type(e).__name__}): delete it, and that layer is trained again") from e
-            if state["stamp"] == stamp:
-                kernels[i].load_state_dict(state["weights"])
-                curves[str(i)] = state["curves"]
-    todo = [i for i in range(shape["layers"]) if str(i) not in curves]
-    if todo:
-        with tempfile.TemporaryDirectory(dir=parts) as folder:
+    for i, part in enumerate(parts):
+        state = read_torch(part, "delete it, and that layer is trained again")
+        if state and state["stamp"] == stamp:
+            kernels[i].load_state_dict(state["weights"])
+            curves[str(i)] = state["curves"]
+    parts[0].parent.mkdir(parents=True, exist_ok=True)
+    if todo := [i for i in range(shape["layers"]) if str(i) not in curves]:
+        with tempfile.TemporaryDirectory(dir=parts[0].parent) as folder:
             data = capture_layers(model, windows, todo, memory_gib=memory_gib, folder=Path(folder))
-            for n, i in enumerate(todo):
+            for n, i in enumerate(todo, 1):
                 projection = output_projection(attention_modules(model)[i]).weight.detach()
                 trainer = LayerTrainer(data.pop(i), policy, projection, validation, plus=recipe.kernel_size // 2)
-                layer = kernels[i]
-                assert isinstance(layer, LayerKernels)
-                curves[str(i)] = trainer.fit(layer, recipe, f"{policy.name} {policy.budget}: layer {i} ({n + 1}/{len(todo)})")
-                write_torch(parts / f"layer-{i:03d}.pt", {"stamp": stamp, "weights": layer.cpu().state_dict(), "curves": curves[str(i)]})
+                curves[str(i)] = trainer.fit(kernels[i], recipe, f"{policy.name} {policy.budget}: layer {i} ({n}/{len(todo)})")
+                write_torch(parts[i], {"stamp": stamp, "weights": kernels[i].cpu().state_dict(), "curves": curves[str(i)]})
     kernels.header["relative_error"] = {i: round(c["best"], 4) for i, c in curves.items()}
     kernels.save(path)
-    shutil.rmtree(parts)
+    shutil.rmtree(parts[0].parent)
     return kernels.eval(), curves
 
 
@@ -240,12 +225,8 @@ def train_for_profile(
     profile: Profile, policy: str, fraction: float, path: Path, seed: int = 0, length: int | None = None,
     memory_gib: float = 8.0, device: str | None = None,
 ) -> dict:  # fmt: skip
-    """Train kernels for `policy` at `fraction` of the model's context with a profile's model, corpora and recipe; {layer: curves}.
-
-    `length` is in tokens a window (default: the context). Raises what `train`, `load_model` and `load_corpus` raise.
-    """
-    recipe = Recipe.of(profile, seed)
-    model, tokenizer = load_model(profile.model, device)
+    """Train kernels for `policy` at `fraction` of the context on windows of `length` tokens (default: the context); {layer: curves}."""
+    recipe, (model, tokenizer) = Recipe.of(profile, seed), load_model(profile.model, device)
     context = model_shape(model)["context"]
     chosen, corpora = get_policy(policy).from_fraction(fraction, context), [load_corpus(name) for name in profile.training]
     windows = training_windows(corpora, tokenizer, length or context, profile.sequences, seed)
@@ -257,8 +238,8 @@ SETTINGS = {
     "model": "carried model, folder or hub name", "training": "corpora to train on, in equal shares",
     "sequences": "token windows, validation included", "validation": "windows held out to choose the best epoch",
     "kernel_size": "R, the features of phi and psi", "hidden": "width of their hidden layer", "epochs": "passes over the windows",
-    "halve_every": "epochs after which the learning rate halves", "lr": "Adam's learning rate",
-    "dropout": "on the first pre-activation", "train_batch": "windows a step",
+    "halve_every": "epochs after which the learning rate halves", "lr": "Adam's learning rate", "train_batch": "windows a step",
+    "dropout": "on the first pre-activation",
 }  # fmt: skip
 
 
@@ -268,9 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--fraction", type=float, default=0.05, help="budget as a share of the model's context (default: %(default)s)")
     p.add_argument("--profile", help="the source of the defaults below (default: $LESS_PROFILE, else tiny)")
     for name, what in SETTINGS.items():
-        default = getattr(Profile("", ""), name)
-        kind, many = (str, "+") if isinstance(default, tuple) else (type(default), None)
-        p.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs=many, help=what)
+        kind = type(getattr(Profile, name))
+        p.add_argument(f"--{name.replace('_', '-')}", type=str if kind is tuple else kind, nargs="+" if kind is tuple else None, help=what)
     p.add_argument("--length", type=int, help="tokens a window (default: the model's context)")
     p.add_argument("--seed", type=int, default=0, help="of windows, initial weights, order and dropout (default: %(default)s)")
     p.add_argument("--memory-gib", type=float, default=8.0, help="captured tensors beyond this are streamed to disk (default: %(default)s)")
@@ -279,8 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     a = p.parse_args(argv)
     keep_memory()
     try:
-        profile = get_profile(a.profile)
-        profile = replace(profile, **{n: getattr(a, n) for n in SETTINGS if getattr(a, n) is not None})
+        profile = replace(get_profile(a.profile), **{n: getattr(a, n) for n in SETTINGS if getattr(a, n) is not None})
         path = kernel_path(profile.model, a.policy, a.fraction, a.out or results_dir(profile.name) / "kernels", a.seed)
         curves = train_for_profile(profile, a.policy, a.fraction, path, a.seed, a.length, a.memory_gib, a.device)
     except (ValueError, TypeError, OSError) as e:

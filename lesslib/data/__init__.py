@@ -1,9 +1,4 @@
-"""Text: what the package carries, what lies in the folder $LESS_DATA, and what the hub has.
-
-Every corpus knows where it came from and the sha256 of its text, so that a result says which words it was measured on.
-"""
-from __future__ import annotations
-
+"""Text that the package carries, that lies in the folder $LESS_DATA or that the hub has, each with its origin and sha256."""
 import gzip
 import hashlib
 import json
@@ -45,13 +40,12 @@ class Corpus:
         return {"name": self.name, "origin": self.origin, "documents": len(self.documents), "characters": characters, "sha256": self.sha256}
 
 
-# ---------------------------------------------------------------- carried text: the reference prose in every CPython
 def _paragraphs(text: str) -> dict[str, str]:
     """Paragraphs of `text` by their words: two that differ in white space alone are one."""
     found: dict[str, str] = {}
-    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
+    for paragraph in filter(str.strip, re.split(r"\n\s*\n", text.strip("\n"))):
         found.setdefault(" ".join(paragraph.split()), paragraph)
-    return {words: paragraph for words, paragraph in found.items() if words}
+    return found
 
 
 def _topics(heldout: bool) -> Iterator[Document]:
@@ -78,7 +72,6 @@ def _topics(heldout: bool) -> Iterator[Document]:
             yield d
 
 
-# ---------------------------------------------------------------- files of $LESS_DATA, and the hub in their place
 def _rows(path: Path) -> Iterator[Document]:
     """The lines of a .txt.gz, or the {"title", "text"} of a .jsonl.gz. Raises ValueError for a line that is neither."""
     with gzip.open(path, "rt", encoding="utf-8") as f:
@@ -150,10 +143,7 @@ def missing(name: str) -> str | None:
 
 
 def load_corpus(name: str) -> Corpus:
-    """Load corpus `name` from the package, from `$LESS_DATA`, or from the hub.
-
-    Raises ValueError for an unknown name or a file that is damaged or empty, FileNotFoundError where the text is not to be had.
-    """
+    """Corpus `name`. ValueError for an unknown name or a damaged or empty file, FileNotFoundError where the text is not to be had."""
     if why := missing(name):
         raise (FileNotFoundError if name in SOURCES else ValueError)(why)
     source, folder = SOURCES[name], os.environ.get("LESS_DATA")
@@ -171,7 +161,6 @@ def load_corpus(name: str) -> Corpus:
     return Corpus(name, "folder" if folder else "hub", found)
 
 
-# ---------------------------------------------------------------- tokens
 def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, led by the beginning-of-sequence token when the tokenizer has one."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -179,9 +168,8 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def training_windows(corpora: list[Corpus], tokenizer, length: int, count: int, seed: int) -> torch.Tensor:
-    """`count` windows of `length` tokens for training kernels, [count, length] int64, corpora in equal shares.
+    """[count, length] int64 windows for training, corpora in equal shares: documents shuffled, joined and cut, each led as in `encode`.
 
-    Documents are shuffled, joined and cut; each window starts with the beginning-of-sequence token when there is one.
     Raises ValueError when a text is shorter than one window, or all hold fewer than `count`.
     """
     share, rows, (bos,) = -(-count // len(corpora)), [], encode(tokenizer, [""])
