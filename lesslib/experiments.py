@@ -109,7 +109,7 @@ def recipes(profile: str, seed: int = 0) -> dict:
     """The ablation behind the small profiles' recipe: one setting changed at a time, H2O at the smallest budget, first and last layer."""
     p = get_profile(profile)
     base = asdict(Recipe.of(p, seed))
-    changes = {"lr": (1e-3, 3e-3, 1e-2), "dropout": (0.0, 0.3), "hidden": (128, 512), "batch": (2, 4)}
+    changes = {"lr": (1e-3, 3e-3, 1e-2, 3e-2), "dropout": (0.0, 0.3), "hidden": (128, 512), "batch": (2, 8)}
     points = {"this profile": base}
     for name, values in ({"lr": (1e-3,)} if p.quick else changes).items():
         points |= {f"{name} {value:g}": base | {name: value} for value in values if value != base[name]}

@@ -23,16 +23,16 @@ class Profile:
     validation: int = 8
     epochs: int = 12
     halve_every: int = 3
-    lr: float = 3e-3
+    lr: float = 3e-2
     dropout: float = 0.0
-    train_batch: int = 4
+    train_batch: int = 2
     disk_gib: float = 1.0  # what must be there before anything is computed
     gpu_gib: float = 0.0
 
 
 PROFILES = {p.name: p for p in (
     Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=2, max_windows=6, fractions=(0.05,),
-            quick=True, train_batch=2, sequences=12, validation=4, epochs=3, halve_every=1),
+            quick=True, sequences=12, validation=4, epochs=3, halve_every=1),
     Profile("tiny", "two CPU cores, offline, 15 min"),
     Profile("wild", "two CPU cores, 60 min, $LESS_DATA or the hub", evaluation=("wikitext2", "books"), training=("c4",),
             windows_per_document=6, max_windows=60, sequences=208, validation=16, epochs=6, halve_every=2, disk_gib=3.0),
