@@ -54,8 +54,16 @@ def test_style_and_types_are_clean(tool):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def lines_of_code(file: str) -> int:
+    """Lines that are neither blank, nor comments, nor docstrings."""
+    text, kinds = (PACKAGE / file).read_text(), ast.Module | ast.ClassDef | ast.FunctionDef
+    documented = [n for n in ast.walk(ast.parse(text)) if isinstance(n, kinds) and ast.get_docstring(n)]
+    docstrings = {i for n in documented for i in range(n.body[0].lineno, (n.body[0].end_lineno or 0) + 1)}
+    return sum(bool(x.strip()) and x.strip()[0] != "#" and i not in docstrings for i, x in enumerate(text.splitlines(), 1))
+
+
 def test_lesslib_stays_small():
-    assert sum(len((PACKAGE / f).read_text().splitlines()) for f in FILES) < 2500
+    assert sum(map(lines_of_code, FILES)) < 2500
 
 
 def test_every_file_has_its_place_in_the_order():
