@@ -21,7 +21,7 @@ from .results import results_dir, sweep
 from .train import LayerTrainer, Recipe, capture_layers, train_for_profile
 
 POLICY_FRACTION = 0.05  # of Tables 3 and 7
-ABLATION_WINDOWS = 64
+ABLATION_WINDOWS, FIGURE_3_WINDOWS = 40, 24  # at the most: these two sweeps have many points
 model_of = functools.lru_cache(maxsize=1)(load_model)
 
 
@@ -166,6 +166,7 @@ def low_rank_residuals(profile: str, seed: int = 0) -> dict:
 
     def compute(what: str, fraction: float, rank: int = 0) -> dict:
         model, windows = model_of(p.model)[0], windows_of(profile, corpus)
+        windows = windows[:: -(-len(windows) // FIGURE_3_WINDOWS)]
         count = budget_of(fraction, model_shape(model)["context"])
         spectra: dict[int, list[Tensor]] = {}
 
