@@ -31,7 +31,7 @@ class Profile:
 
 
 PROFILES = {p.name: p for p in (
-    Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=2, max_windows=6, fractions=(0.05,),
+    Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=8, max_windows=16, fractions=(0.05,),
             quick=True, sequences=12, validation=4, epochs=3, halve_every=1),
     Profile("tiny", "two CPU cores, offline, 15 min"),
     Profile("wild", "two CPU cores, 60 min, $LESS_DATA or the hub", evaluation=("wikitext2", "books"), training=("c4",),
