@@ -69,7 +69,7 @@ def low_rank_residuals(record: dict) -> Figure:
     for p in record["points"].values():
         if "rank" in p["parameters"]:
             series.setdefault(p["parameters"]["fraction"], []).append((p["parameters"]["rank"], p["token_ppl"]))
-    for (fraction, points), tint in zip(series.items(), BLUES, strict=False):
+    for (fraction, points), tint in zip(sorted(series.items()), BLUES, strict=False):
         right.plot(*zip(*sorted(points), strict=True), "o-", color=tint, label=f"top {fraction:.1%}")
     right.axhline(record["points"]["full"]["token_ppl"], color=COLOURS["Full"], ls="--", label="full")
     right.set(xlabel="rank of the residual that is added back", ylabel="token perplexity", title="top-k caching, recovered")
@@ -130,7 +130,7 @@ def by_position(full: dict, rows: dict[str, dict], title: str) -> Figure:
 
 def gaps(groups: dict[str, tuple[dict, dict[str, dict]]], title: str) -> Figure:
     """Share of the gap each method closes; `groups` maps a label to (Full, rows by method with Baseline among them)."""
-    figure, (panel,) = axes(1, width=2.2 + 1.1 * len(groups))
+    figure, (panel,) = axes(1, width=3.6 + 1.2 * len(groups))
     methods = [m for m in next(iter(groups.values()))[1] if m != "Baseline"]
     for j, method in enumerate(methods):
         for i, (full, rows) in enumerate(groups.values()):
@@ -141,5 +141,5 @@ def gaps(groups: dict[str, tuple[dict, dict[str, dict]]], title: str) -> Figure:
     panel.axhline(0.5, color="black", lw=0.8, ls=":")
     panel.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel="share of the gap closed", title=title)
     panel.set_ylim(bottom=min(-0.1, max(-0.5, panel.get_ylim()[0])))
-    panel.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right center")
     return figure
