@@ -90,6 +90,11 @@ def _read(path: Path, whole: Callable[[Any], bool], fix: str) -> Any:
     return found
 
 
+def read_ledger(path: Path) -> list[str]:
+    """The points that this machine computed, [] where there is no file. Raises ValueError for a damaged one."""
+    return _read(path, lambda x: isinstance(x, list), "delete it to compute every point again") or []
+
+
 def load(name: str, profile: str) -> dict | None:
     """The recorded file of experiment `name`, {"manifest": ..., "points": {key: entry}}, or None where there is none."""
     fix = "restore it with git checkout, or delete it to compute it again"
@@ -148,7 +153,7 @@ def sweep(
             raise FileNotFoundError(f"{path} does not hold {', '.join(missing)}: run once without --from-results")
         return record
     sources, ledger = data(), os.environ.get("LESS_LEDGER")
-    here = _read(Path(ledger), lambda x: isinstance(x, list), "delete it to compute every point again") or [] if ledger else []
+    here = read_ledger(Path(ledger)) if ledger else []
     keys = {p: cache_key(parameters, seed, sources, version) for p, parameters in points.items()}
     recorded = {p: record["points"][p] for p in points if record["points"].get(p, {}).get("cache_key") == keys[p]}
     done = {p: entry for p, entry in recorded.items() if not ledger or f"{name}:{p}:{keys[p]}" in here}

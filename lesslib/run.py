@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .profiles import PROFILES, Profile, get_profile
-from .results import ROOT, check_writable, results_dir, write_bytes, write_json
+from .results import ROOT, check_writable, read_ledger, results_dir, write_bytes, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
 PARAMETERS = {"profile", "seed"}
@@ -82,8 +82,8 @@ class Record:
         self.stamps = {name: stamp for name, stamp in self.stamps.items() if name not in {n.name for n in notebooks}}
         write_json(self.home / ".run.json", self.stamps)
         experiments = {e for n in notebooks for source, _ in n.cells for e in re.findall(r"experiments\.(\w+)\(", source)}
-        if (ledger := self.home / ".ledger.json").is_file():
-            write_json(ledger, [point for point in json.loads(ledger.read_text()) if point.split(":")[0] not in experiments])
+        if points := read_ledger(ledger := self.home / ".ledger.json"):
+            write_json(ledger, [point for point in points if point.split(":")[0] not in experiments])
         if "training_kernels" in experiments:
             shutil.rmtree(self.home / "kernels", ignore_errors=True)
 
@@ -298,7 +298,11 @@ def main(arguments: list[str] | None = None) -> int:
         command = [sys.executable, "-m", "jupyterlab", str(NOTEBOOKS), "--KernelManager.transport_encryption=auto", *extra]
         return subprocess.call(command, cwd=ROOT, env=environment(profile.name))
     if o.fresh and not o.list:
-        record.forget(chosen)
+        try:
+            record.forget(chosen)
+        except ValueError as e:
+            print(e, file=sys.stderr)
+            return 2
     flags = ["--from-results"] * o.from_results + ["--refresh"] * o.refresh + [f"--seed {o.seed}"] * bool(o.seed)
     again = " ".join(["./run_all.sh", "--profile", profile.name, *flags])
     try:

@@ -66,6 +66,11 @@ def test_lesslib_stays_small():
     assert sum(map(lines_of_code, FILES)) < 2500
 
 
+@pytest.mark.xfail(strict=True, reason="with blank lines, comments and docstrings lesslib is still over its bound")
+def test_lesslib_stays_small_with_all_its_lines():
+    assert sum(len((PACKAGE / f).read_text().splitlines()) for f in FILES) < 2500
+
+
 def test_every_file_has_its_place_in_the_order():
     assert {module(f) for f in FILES} - {"__init__"} <= set(LEVEL)
 
