@@ -35,30 +35,28 @@ def shares(points: dict[str, dict]) -> dict[tuple[str, str, str], tuple[str, str
 
 def perplexity_table(full: dict, rows: dict[str, dict], method: str, label: str) -> list[Verdict]:
     """What Tables 2, 3 and 7 claim for one corpus, policy and budget; `rows` are points by method, `method` a row of LESS."""
-
-    def numbers(row: str) -> tuple[float, str, bool, str]:
-        share, low, high = gap_closed(full, rows["Baseline"], rows[row])
-        ours, plus = rows[row]["token_ppl"], rows["Baseline+"]["token_ppl"]
-        return share, f"{share:.1%} [{low:.1%}, {high:.1%}]", ours < plus, f"{ours:.2f} against {plus:.2f}"
-
-    share, closed, wins, ppl = numbers(method)
-    found = [Verdict(f"{label}: {method} closes at least half of the gap between Baseline and Full", share >= 0.5, closed),
-             Verdict(f"{label}: {method} has lower perplexity than Baseline+", wins, ppl)]  # fmt: skip
-    if "Performer" in rows:
-        share, closed, wins, ppl = numbers("Performer")
-        found += [Verdict(f"{label}: Performer closes less than half of that gap", share < 0.5, closed),
-                  Verdict(f"{label}: Performer does not beat Baseline+", not wins, ppl)]  # fmt: skip
+    found, plus = list[Verdict](), rows["Baseline+"]["token_ppl"]
+    for row in (method, "Performer") if "Performer" in rows else (method,):
+        (share, low, high), ours = gap_closed(full, rows["Baseline"], rows[row]), rows[row]["token_ppl"]
+        closed, ppl = f"{share:.1%} [{low:.1%}, {high:.1%}]", f"{ours:.2f} against {plus:.2f}"
+        if row == "Performer":
+            found.append(Verdict(f"{label}: Performer closes less than half of that gap", share < 0.5, closed))
+            found.append(Verdict(f"{label}: Performer does not beat Baseline+", ours >= plus, ppl))
+        else:
+            found.append(Verdict(f"{label}: {row} closes at least half of the gap between Baseline and Full", share >= 0.5, closed))
+            found.append(Verdict(f"{label}: {row} has lower perplexity than Baseline+", ours < plus, ppl))
     return found
 
 
 def language_modeling(record: dict, corpora: Iterable[str], fractions: Iterable[float]) -> list[Verdict]:
     """Table 2: every budget with the kernels trained at it, and what kernels trained at the largest do at the smallest."""
-    found, points, fractions = [], record["points"], sorted(fractions)
+    found, points, budgets = list[Verdict](), record["points"], [f"{f:.0%}" for f in sorted(fractions)]
+    least, most = budgets[0], budgets[-1]
     for corpus in corpora:
-        for f in (f"{f:.0%}" for f in fractions):
+        for f in budgets:
             rows = {m: p for (c, budget, m), p in by_cell(points) if (c, budget) == (corpus, f)}
             found += perplexity_table(points[f"{corpus}/Full"], rows, f"LESS ({f})", f"{corpus}, H2O at {f}")
-        if (least := f"{fractions[0]:.0%}") != (most := f"{fractions[-1]:.0%}"):
+        if least != most:
             a, b = (points[f"{corpus}/{least}/LESS ({trained})"]["token_ppl"] for trained in (least, most))
             claim = f"{corpus}: at {least}, kernels trained at {most} do worse than those trained at it"
             found.append(Verdict(claim, b > a, f"{b:.2f} against {a:.2f}"))
@@ -97,13 +95,12 @@ def low_rank_residuals(record: dict) -> list[Verdict]:
 def training_kernels(record: dict) -> list[Verdict]:
     """Section 3.2: training works in every layer, and beats more tokens."""
     curves = {f"{name}, layer {i}": c for name, p in record["points"].items() for i, c in p["layers"].items()}
-    worst = max(curves, key=lambda n: curves[n]["best"])
-    plus = [n for n, c in curves.items() if c["best"] >= c["baseline_plus"]]
+    left, worst = max((c["best"], name) for name, c in curves.items())
+    better = sum(c["best"] < c["baseline_plus"] for c in curves.values())
     return [
-        Verdict("trained kernels leave less error than eviction alone in every layer", curves[worst]["best"] < 1.0,
-                f"at most {curves[worst]['best']:.1%} of it ({worst})"),
-        Verdict("and less than Baseline+ does", not plus, f"in {len(curves) - len(plus)} of {len(curves)} cases"),
-    ]  # fmt: skip
+        Verdict("trained kernels leave less error than eviction alone in every layer", left < 1.0, f"at most {left:.1%} of it ({worst})"),
+        Verdict("and less than Baseline+ does", better == len(curves), f"in {better} of {len(curves)} cases"),
+    ]
 
 
 def training_speed(record: dict) -> list[Verdict]:

@@ -1,9 +1,6 @@
 """Perplexity, by token and by word, by document and by position, with errors over documents."""
-from __future__ import annotations
-
 import math
 import re
-from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from .data import Corpus
+from .data import Corpus, encode
 
 POSITION_BIN = 64
+RECURRENCE = ("new", "near", "far")  # a token that its window did not hold before, held within the last NEAR tokens, or earlier only
+NEAR = 64
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,18 @@ def evaluation_windows(corpus: Corpus, tokenizer, length: int, per_document: int
     Every token is scored but a window's first (beginning of sequence, where the tokenizer has one). A word belongs to the window
     in which it begins. Raises ValueError when no document fills one window.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    step, windows, longest = length - len(bos), [], 0
+    bos, windows, longest = encode(tokenizer, ""), list[Window](), 0
+    step = length - len(bos)
     for number, document in enumerate(corpus.documents):
         encoded = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, begins = encoded["input_ids"], [begin for begin, _ in encoded["offset_mapping"]] + [len(document.text)]
-        words = [m.start() for m in re.finditer(r"\S+", document.text)]
+        words = np.array([m.start() for m in re.finditer(r"\S+", document.text)])
         longest = max(longest, len(ids))
         starts = range(0, len(ids) - 1, step)  # a last window of one token is left out
         for i in _spread(len(starts), per_document):
             start, stop = starts[i], min(starts[i] + step, len(ids))
-            first = begins[start if bos else start + 1]
-            windows.append(Window(number, tuple(bos + ids[start:stop]), bisect_left(words, begins[stop]) - bisect_left(words, first)))
+            first, past = np.searchsorted(words, (begins[start if bos else start + 1], begins[stop])).tolist()
+            windows.append(Window(number, tuple(bos + ids[start:stop]), past - first))
     if longest < step:
         raise ValueError(f"corpus {corpus.name!r}: its longest document has {longest} tokens, fewer than a window of {length}: use another")
     return [windows[i] for i in _spread(len(windows), limit)]
@@ -53,13 +52,24 @@ def _spread(n: int, count: int) -> list[int]:
     return np.linspace(0, n - 1, min(count, n)).round().astype(int).tolist()
 
 
+def recurrence(ids: tuple[int, ...]) -> list[int]:
+    """Index into RECURRENCE of each token but the first."""
+    last: dict[int, int] = {}
+    kinds = []
+    for t, token in enumerate(ids):
+        distance = t - last.get(token, t)
+        kinds.append((distance > 0) + (distance > NEAR))
+        last[token] = t
+    return kinds[1:]
+
+
 @torch.no_grad()
 def perplexity(model, windows: list[Window], batch: int = 8) -> dict:
     """Score every window with `model`, whatever attention it runs under; shorter ones are padded on the right.
 
-    Returns token_ppl and word_ppl (exp of the total loss over tokens or words), log_ppl (nats a token) with its standard error over
-    documents (None for only one), the totals, [nll, tokens] by document, and the mean loss by position, in bins of POSITION_BIN.
-    Raises FloatingPointError for a loss that is not finite.
+    Returns token_ppl and word_ppl (exp of the total loss over tokens or words; None without words), log_ppl (nats a token) with its
+    standard error over documents (None for only one), the totals, [nll, tokens] by document and by RECURRENCE, and the mean loss by
+    position, in bins of POSITION_BIN. Raises FloatingPointError for a loss that is not finite.
     """
     losses = np.zeros((len(windows), max(len(w.ids) for w in windows) - 1))
     for rows in np.array_split(np.argsort([-len(w.ids) for w in windows], kind="stable"), range(batch, len(windows), batch)):
@@ -77,15 +87,20 @@ def perplexity(model, windows: list[Window], batch: int = 8) -> dict:
     residuals = by_document @ (1, -total / count)
     bins = np.arange(0, losses.shape[1], POSITION_BIN)
     by_position = np.add.reduceat(losses.sum(0), bins) / np.add.reduceat(scored.sum(0), bins)
+    kinds = np.full(losses.shape, -1)
+    for row, w in zip(kinds, windows, strict=True):
+        row[: len(w.ids) - 1] = recurrence(w.ids)
+    by_recurrence = {name: [round(losses[kinds == i].sum(), 4), int((kinds == i).sum())] for i, name in enumerate(RECURRENCE)}
     return {
-        "token_ppl": math.exp(total / count), "word_ppl": math.exp(total / max(1, words.sum())), "log_ppl": total / count,
+        "token_ppl": math.exp(total / count), "word_ppl": math.exp(total / words.sum()) if words.any() else None, "log_ppl": total / count,
         "log_ppl_se": math.sqrt(n / (n - 1) * (residuals**2).sum()) / count if n > 1 else None,
         "tokens": int(count), "words": int(words.sum()), "windows": len(windows),
         "by_document": [[round(nll, 4), int(t)] for nll, t in by_document.tolist()], "by_position": by_position.round(5).tolist(),
+        "by_recurrence": by_recurrence,
     }  # fmt: skip
 
 
-def gap_closed(full: dict, baseline: dict, method: dict, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+def gap_closed(full: dict, baseline: dict, method: dict) -> tuple[float, float, float]:
     """The share of the gap in log perplexity between `baseline` and `full` that `method` closes, with a 95% interval.
 
     The interval is a bootstrap over documents, the same of all three in a resample. Raises ValueError for results on different
@@ -97,7 +112,7 @@ def gap_closed(full: dict, baseline: dict, method: dict, samples: int = 2000, se
         raise ValueError("the three results were not measured on the same windows: compute them again together")
     if sums[0].sum() == sums[1].sum():
         raise ValueError("the baseline loses nothing to the full cache, so there is no gap to close: use a smaller budget")
-    draws = np.random.default_rng(seed).integers(0, sums.shape[1], (samples, sums.shape[1]))
+    draws = np.random.default_rng(0).integers(0, sums.shape[1], (2000, sums.shape[1]))
     totals = np.concatenate([sums.sum(1)[:, None], sums[:, draws].sum(2)], 1)  # of the data, then of the resamples
     totals = totals[:, totals[0] != totals[1]]  # a resample of short documents alone may have no gap
     share = (totals[1] - totals[2]) / (totals[1] - totals[0])

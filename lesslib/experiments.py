@@ -3,13 +3,14 @@ import functools
 import hashlib
 import itertools
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
-from .bench import measure
+from .bench import SCHEMES, measure
 from .data import load_corpus, training_windows
 from .evaluate import Window, evaluation_windows, perplexity
 from .hf import attention_modules, less, model_shape, output_projection, replace_attention
@@ -18,9 +19,10 @@ from .models import kernel_path, load_kernels, load_model
 from .policies import Full, Policy, budget_of, get_policy
 from .profiles import get_profile
 from .results import results_dir, sweep
-from .train import LayerTrainer, Recipe, capture_layers, train_for_profile
+from .train import LayerTrainer, Recipe, capture_layers, layer_pool, train_for_profile
 
-POLICY_FRACTION = 0.05  # of Tables 3 and 7
+LENGTHS = (512, 1024, 2048, 4096)  # of the windows that training is timed on; the longest is too much for S x S weights
+VERSION = 2  # of the code behind the points: raised, it makes every recorded point stale
 ABLATION_WINDOWS, FIGURE_3_WINDOWS = 40, 24  # at the most: these two sweeps have many points
 model_of = functools.lru_cache(maxsize=1)(load_model)
 
@@ -41,7 +43,7 @@ def record(name: str, profile: str, seed: int, points: dict[str, dict], compute:
         own = {f"model {model['model']}": model["revision"], f"profile {profile}": hashlib.sha256(settings.encode()).hexdigest()}
         return [load_corpus(c).record() for c in corpora] + [{"name": name, "sha256": sha256} for name, sha256 in own.items()]
 
-    return sweep(name, profile, seed, points, compute, data)
+    return sweep(name, profile, seed, points, compute, data, VERSION)
 
 
 def score(profile: str, seed: int, corpus: str, method: str, policy: str = "h2o", fraction: float = 1.0, carried: bool = False) -> dict:
@@ -61,41 +63,36 @@ def score(profile: str, seed: int, corpus: str, method: str, policy: str = "h2o"
         return perplexity(model, windows_of(profile, corpus), p.batch)
 
 
-def _perplexities(name: str, profile: str, seed: int, points: dict[str, dict]) -> dict:
-    corpora = sorted({p["corpus"] for p in points.values()})
-    return record(name, profile, seed, points, functools.partial(score, profile, seed), *corpora)
-
-
 def tour(profile: str, seed: int = 0) -> dict:
     """The effect in four rows, with the kernels that the package carries: H2O at 5% of the context."""
     corpus = get_profile(profile).evaluation[0]
-    where = {"corpus": corpus, "fraction": POLICY_FRACTION, "carried": True}
-    methods = ("Full", "Baseline", "Baseline+", f"LESS ({POLICY_FRACTION:.0%})")
-    return _perplexities("tour", profile, seed, {f"{corpus}/5%/{m}": where | {"method": m} for m in methods})
+    where = {"corpus": corpus, "fraction": 0.05, "carried": True}
+    points = {f"{corpus}/5%/{m}": where | {"method": m} for m in ("Full", "Baseline", "Baseline+", "LESS (5%)")}
+    return record("tour", profile, seed, points, functools.partial(score, profile, seed), corpus)
 
 
 def language_modeling(profile: str, seed: int = 0) -> dict:
     """Table 2: H2O at several budgets; all methods, and LESS trained at each budget and tested at every one."""
-    p, points = get_profile(profile), dict[str, dict]()
+    p = get_profile(profile)
     methods = ("Baseline", "Baseline+", "Performer", *(f"LESS ({f:.0%})" for f in p.fractions))
-    for corpus in p.evaluation:
-        points[f"{corpus}/Full"] = {"corpus": corpus, "method": "Full"}
-        points |= {f"{corpus}/{f:.0%}/{m}": {"corpus": corpus, "method": m, "fraction": f} for f in p.fractions for m in methods}
-    return _perplexities("language_modeling", profile, seed, points)
+    points: dict[str, dict] = {f"{c}/Full": {"corpus": c, "method": "Full"} for c in p.evaluation}
+    for c, f, m in itertools.product(p.evaluation, p.fractions, methods):
+        points[f"{c}/{f:.0%}/{m}"] = {"corpus": c, "method": m, "fraction": f}
+    return record("language_modeling", profile, seed, points, functools.partial(score, profile, seed), *p.evaluation)
 
 
 def sparse_policies(profile: str, seed: int = 0) -> dict:
     """Table 7 and the first column of Table 3: Lambda and TOVA at 5%; Full and H2O stand in `language_modeling`."""
-    methods = ("Baseline", "Baseline+", f"LESS ({POLICY_FRACTION:.0%})")
-    cells = itertools.product(get_profile(profile).evaluation, ("lambda", "tova"), methods)
-    points = {f"{c}/{p}/{m}": {"corpus": c, "method": m, "policy": p, "fraction": POLICY_FRACTION} for c, p, m in cells}
-    return _perplexities("sparse_policies", profile, seed, points)
+    corpora = get_profile(profile).evaluation
+    cells = itertools.product(corpora, ("lambda", "tova"), ("Baseline", "Baseline+", "LESS (5%)"))
+    points = {f"{c}/{p}/{m}": {"corpus": c, "method": m, "policy": p, "fraction": 0.05} for c, p, m in cells}
+    return record("sparse_policies", profile, seed, points, functools.partial(score, profile, seed), *corpora)
 
 
 def training_kernels(profile: str, seed: int = 0) -> dict:
     """Train every set of kernels that the profile's tables use; curves of LESS and Baseline+ by layer."""
     p = get_profile(profile)
-    sets = [("h2o", f) for f in p.fractions] + ([] if p.quick else [("lambda", POLICY_FRACTION), ("tova", POLICY_FRACTION)])
+    sets = [("h2o", f) for f in p.fractions] + ([] if p.quick else [("lambda", 0.05), ("tova", 0.05)])
 
     def compute(policy: str, fraction: float) -> dict:
         path = kernel_path(p.model, policy, fraction, results_dir(profile) / "kernels", seed)
@@ -124,11 +121,11 @@ def recipes(profile: str, seed: int = 0) -> dict:
         return {i: LayerTrainer(d, policy, output_projection(modules[i]).weight.detach(), p.validation) for i, d in layers.items()}
 
     def compute(**recipe) -> dict:
-        r, left = Recipe(**recipe), {}
-        for i, trainer in trainers().items():
-            layer = Kernels.new(model_shape(model_of(p.model)[0]), r.kernel_size, r.hidden, r.dropout, r.seed)[i]
-            left[str(i)] = trainer.fit(layer, r, f"layer {i}")["best"]
-        return {"error_left": left}
+        r, model, layers = Recipe(**recipe), model_of(p.model)[0], trainers()
+        kernels = Kernels.new(model_shape(model), r.kernel_size, r.hidden, r.dropout, r.seed)
+        with layer_pool(model.device) as pool:
+            curves = pool.map(lambda i: layers[i].fit(kernels[i], r), layers)
+            return {"error_left": {str(i): c["best"] for i, c in zip(layers, curves, strict=True)}}
 
     return record("recipes", profile, seed, points, compute, *p.training)
 
@@ -137,9 +134,8 @@ def training_speed(profile: str, seed: int = 0) -> dict:
     """Seconds and peak memory of one epoch, ours and the step-by-step scheme, each case in a fresh process."""
     p = get_profile(profile)
     case = {"sequences": 8, "fraction": 0.05, "hidden": p.hidden, "dropout": p.dropout, "seed": seed}
-    lengths = (512,) if p.quick else (512, 1024, 2048, 4096)
-    cases = [("ours", s) for s in lengths] + [("stepwise", s) for s in lengths[:3]]
-    points = {f"{scheme} {s}": {"scheme": scheme, "length": s, **case} for scheme, s in cases}
+    cases = [("ours", n) for n in LENGTHS] + [(s, n) for s in SCHEMES[1:] for n in LENGTHS[:3]]
+    points = {f"{s} {n}": {"scheme": s, "length": n, **case} for s, n in cases if n == LENGTHS[0] or not p.quick}
     return record("training_speed", profile, seed, points, measure, "topics-train")
 
 
@@ -168,13 +164,13 @@ def low_rank_residuals(profile: str, seed: int = 0) -> dict:
         model, windows = model_of(p.model)[0], windows_of(profile, corpus)
         windows = windows[:: -(-len(windows) // FIGURE_3_WINDOWS)]
         count = budget_of(fraction, model_shape(model)["context"])
-        spectra: dict[int, list[Tensor]] = {}
+        spectra: dict[str, list[Tensor]] = defaultdict(list)
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
             full, sparse = topk_outputs(q.float(), k.float(), v.float(), scaling, count)
             if what == "singular values":
-                values = torch.stack([torch.linalg.svdvals(full), torch.linalg.svdvals(full - sparse)])
-                spectra.setdefault(layer, []).append((values / values[:1, ..., :1]).mean((1, 2)))  # over heads, by the largest of full
+                values = torch.linalg.svdvals(torch.stack([full, full - sparse]))
+                spectra[str(layer)].append((values / values[:1, ..., :1]).mean((1, 2)))  # over heads, by the largest of full
                 return full.to(v.dtype)
             return (sparse + best_of_rank(full - sparse, rank) if rank else sparse).to(v.dtype)
 
@@ -182,13 +178,12 @@ def low_rank_residuals(profile: str, seed: int = 0) -> dict:
             windows = [w for w in windows if len(w.ids) == max(len(x.ids) for x in windows)][: p.batch]
         with replace_attention(model, attention):
             scored = perplexity(model, windows, min(p.batch, 4))
-        if what != "singular values":
+        if what == "perplexity":
             return scored
-        mean = {str(i): torch.stack(s).mean(0).tolist() for i, s in spectra.items()}
-        return {"layers": {i: {"full": [round(x, 6) for x in m[0]], "residual": [round(x, 6) for x in m[1]]} for i, m in mean.items()}}
+        means = {i: torch.stack(s).mean(0).double().numpy().round(6).tolist() for i, s in spectra.items()}
+        return {"layers": {i: {"full": full, "residual": residual} for i, (full, residual) in means.items()}}
 
-    points: dict[str, dict] = {"singular values": {"what": "singular values", "fraction": 0.125}}
+    points = {"singular values": {"what": "singular values", "fraction": 0.125}, "full": {"what": "perplexity", "fraction": 1.0}}
     for f in fractions:
         points |= {f"top {f:.1%}, rank {r}": {"what": "perplexity", "fraction": f, "rank": r} for r in (0, 1, 2, 4, 8)}
-    points["full"] = {"what": "perplexity", "fraction": 1.0}
     return record("low_rank_residuals", profile, seed, points, compute, corpus)

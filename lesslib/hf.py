@@ -18,7 +18,6 @@ from .policies import Policy
 Attention = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 WORKS = "decoders on transformers' attention interface, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, GPT-NeoX and OLMo 2"
-REFUSED = {"softcap": "logit soft-capping", "s_aux": "attention sinks"}
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
@@ -26,7 +25,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     attention = getattr(module, "less_attention", None)
     if attention is None:
         raise RuntimeError(f"{type(module).__name__} reached lesslib's attention outside `with less(...)`: run it within that context")
-    for name, what in REFUSED.items():
+    for name, what in (("softcap", "logit soft-capping"), ("s_aux", "attention sinks")):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{what} ({name}) of {type(module).__name__} is not implemented: use a model without it")
     if dropout:
@@ -59,10 +58,9 @@ AttentionMaskInterface.register("less", _mask)
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The model's causal attention modules by layer index. Raises TypeError for a model outside the attention interface."""
-    found: dict[int, nn.Module] = {}
-    if isinstance(model, PreTrainedModel) and model._can_set_attn_implementation() and not model.config.is_encoder_decoder:
-        causal = [module for module in model.modules() if getattr(module, "is_causal", False)]
-        found = {module.layer_idx: module for module in causal if isinstance(getattr(module, "layer_idx", None), int)}  # type: ignore[misc]
+    fits = isinstance(model, PreTrainedModel) and model._can_set_attn_implementation() and not model.config.is_encoder_decoder
+    causal = [module for module in model.modules() if getattr(module, "is_causal", False)] if fits else []
+    found = {i: module for module in causal if isinstance(i := getattr(module, "layer_idx", None), int)}
     if not found:
         raise TypeError(f"{type(model).__name__} is not a decoder on transformers' attention interface; lesslib works with {WORKS}")
     return found
@@ -81,8 +79,8 @@ def model_shape(model: PreTrainedModel) -> dict[str, int]:
     c = model.config.get_text_config(decoder=True)
     heads = c.num_attention_heads
     kv_heads, head_dim = getattr(c, "num_key_value_heads", None) or heads, getattr(c, "head_dim", None) or c.hidden_size // heads
-    sizes = {"layers": c.num_hidden_layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    return sizes | {"context": c.max_position_embeddings}
+    context = c.max_position_embeddings
+    return {"layers": c.num_hidden_layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "context": context}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from .evaluate import POSITION_BIN, gap_closed
@@ -19,14 +20,14 @@ def colour(method: str, order: list[str]) -> str:
     return COLOURS.get(method) or BLUES[[m for m in order if m.startswith("LESS")].index(method) % len(BLUES)]
 
 
-def axes(columns: int = 1, rows: int = 1, width: float = 4.6, height: float = 3.3) -> tuple[Figure, Any]:
-    """A figure of `rows` x `columns` panels and the flat list of its axes."""
+def axes(columns: int, width: float = 4.6, height: float = 3.3) -> tuple[Figure, Any]:
+    """A figure of `columns` panels side by side, each `width` x `height` inches, and the list of its axes."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                          "grid.alpha": 0.25, "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 150})  # fmt: skip
-    figure, panels = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
-    return figure, panels.ravel()
+    figure, panels = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained")
+    return figure, panels[0]
 
 
 def save(figure: Figure, profile: str, name: str) -> Figure:
@@ -65,12 +66,10 @@ def low_rank_residuals(record: dict) -> Figure:
             left.semilogy(range(1, len(layer[what]) + 1), layer[what], color=tint, alpha=shade, label=what if i == "0" else None)
     left.set(xlabel="index", ylabel="singular value / largest of full", title="outputs and top-12.5% residuals, by layer")
     left.legend()
-    series: dict[float, list[tuple[int, float]]] = {}
-    for p in record["points"].values():
-        if "rank" in p["parameters"]:
-            series.setdefault(p["parameters"]["fraction"], []).append((p["parameters"]["rank"], p["token_ppl"]))
-    for (fraction, points), tint in zip(sorted(series.items()), BLUES, strict=False):
-        right.plot(*zip(*sorted(points), strict=True), "o-", color=tint, label=f"top {fraction:.1%}")
+    points = sorted((x["fraction"], x["rank"], p["token_ppl"]) for p in record["points"].values() if "rank" in (x := p["parameters"]))
+    for (fraction, series), tint in zip(groupby(points, key=lambda point: point[0]), BLUES, strict=False):
+        _, ranks, ppl = zip(*series, strict=True)
+        right.plot(ranks, ppl, "o-", color=tint, label=f"top {fraction:.1%}")
     right.axhline(record["points"]["full"]["token_ppl"], color=COLOURS["Full"], ls="--", label="full")
     right.set(xlabel="rank of the residual that is added back", ylabel="token perplexity", title="top-k caching, recovered")
     right.legend()

@@ -250,33 +250,30 @@ def simulate(policy: Policy, q: Tensor, k: Tensor, real: Tensor | None = None, s
     real = torch.ones(B, S, dtype=torch.bool, device=device) if real is None else real
     padded, dense_rows = not bool(real.all()), isinstance(policy, H2O) and policy.scores == "full"
     position = (real.int().cumsum(-1, dtype=torch.int32) - 1).masked_fill(~real, -1)  # counted from the first real token
-    overflows = position >= budget  # [B, S]: one leaves after this query
-    leaves_at = torch.arange(1, S + 1, dtype=torch.int32, device=device).where(overflows, NEVER)
-    empties = torch.where(overflows, -1, NEVER).int()
+    mark = -torch.arange(1, S + 1, dtype=torch.int32, device=device)  # -(t + 1), of the one that leaves after query t
+    leaves = mark.where(position >= budget, NEVER)  # [B, S]; NEVER: none does
     token_score = torch.zeros(B, Hkv, S + 1, dtype=torch.promote_types(q.dtype, torch.float32), device=device)
     for start in range(0, S, BLOCK):
-        stop = min(start + BLOCK, S)
+        stop, kept = min(start + BLOCK, S), min(budget, start)
         index, alive = block_keys(times, start, stop, budget, real)  # [B, Hkv, N]: the kept tokens, then the block's own
-        score, victims, kept = token_score.gather(2, index), [], min(budget, start)
-        where = position[:, None].expand(B, Hkv, S).gather(2, index).masked_fill(~alive, -1)
-        where[..., kept:] = -1  # the block's tokens arrive one at a time
+        score = token_score.gather(2, index)
+        slots = position[:, None].take_along_dim(index, 2).masked_fill(~alive, -1)  # position held; -1: none, -t: left before query t
+        slots[..., kept:] = -1  # the block's tokens arrive one at a time
         if policy.needs_probabilities:
             logits = block_logits(q[:, :, start:stop], k, index, scaling)
             normaliser = dense_logsumexp(q, k, start, stop, real, scaling) if dense_rows else None
         for i, t in enumerate(range(start, stop)):
             now = position[:, None, None, t]
-            where[..., kept + i] = now[..., 0]
+            slots[..., kept + i] = now[..., 0]
             if policy.needs_probabilities:
-                row = logits[..., i, :].masked_fill((where < 0)[:, :, None], -math.inf)
+                row = logits[..., i, :].masked_fill((slots < 0)[:, :, None], -math.inf)
                 probabilities = row.softmax(-1) if normaliser is None else (row - normaliser[..., i, None]).exp()
                 if padded:
                     probabilities = probabilities.masked_fill(~real[:, t, None, None, None], 0.0)
                 score = policy.observe(score, probabilities)
             if t >= budget:
-                victims.append(policy.victim(score, where, now)[..., None])
-                where.scatter_reduce_(2, victims[-1], empties[:, None, t, None].expand(B, Hkv, 1), "amin")
-        if victims:
-            slot, when = torch.cat(victims, -1), leaves_at[:, None, max(start, budget) : stop]
-            times.scatter_reduce_(2, index.gather(2, slot), when.expand_as(slot), "amin")
+                victim = policy.victim(score, slots, now)[..., None]
+                slots.scatter_reduce_(2, victim, leaves[:, None, t, None].expand(B, Hkv, 1), "amin")
+        times.scatter_reduce_(2, index, (-slots).where(slots < -1, NEVER), "amin")
         token_score.scatter_(2, index.masked_fill(~alive, S), score)  # invalid entries may repeat a token: they go to a spare column
     return times

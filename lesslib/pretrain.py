@@ -1,24 +1,21 @@
 """Pretrain the pico models on real text, with AdamW and a linear decay, resumable to the step: `python -m lesslib.pretrain --help`."""
 import argparse
 import hashlib
-import io
 import json
 import random
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from .data import Corpus, Document, encode, load_corpus
+from .evaluate import Window, perplexity
 from .models import keep_memory, load_model
-from .results import read_torch, write_bytes, write_json, write_torch
+from .results import read_torch, write_json, write_torch
 
 MIX = {"wikipedia": 0.57, "novels": 0.38, "topics-train": 0.05}
 HELD_OUT = {"wikipedia": 100, "novels": 3}  # documents never trained on, after a shuffle with seed 0
-BINS = (0, 64, 256, 512, 1 << 30)
 
 
 def split(corpora: dict[str, Corpus]) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
@@ -34,14 +31,13 @@ def split(corpora: dict[str, Corpus]) -> tuple[dict[str, list[Document]], dict[s
 
 
 def token_file(folder: Path, name: str, documents: list[Document], tokenizer) -> np.ndarray:
-    """uint16 tokens of all documents, as `encode` gives them; kept in `folder` under a hash of text and vocabulary."""
+    """uint16 tokens of all documents, by `encode`; kept in `folder` under a hash of text and vocabulary. ValueError for a damaged file."""
     identity = json.dumps([tokenizer.get_vocab(), [d.text for d in documents]], sort_keys=True)
-    path = folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.npy"
-    if not path.exists():
-        buffer = io.BytesIO()
-        np.save(buffer, np.concatenate([np.array(encode(tokenizer, [d.text])[0], dtype=np.uint16) for d in documents]))
-        write_bytes(path, buffer.getvalue())
-    return np.load(path, mmap_mode="r")
+    path = folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.pt"
+    if (tokens := read_torch(path, "delete it, and it is made again")) is None:
+        tokens = torch.from_numpy(np.concatenate([np.array(encode(tokenizer, d.text), dtype=np.uint16) for d in documents]))
+        write_torch(path, tokens)
+    return tokens.numpy()
 
 
 class Windows:
@@ -52,36 +48,20 @@ class Windows:
         self.starts = np.flatnonzero(tokens == bos)
         self.ends = np.append(self.starts[1:], len(tokens))
 
-    def _cut(self, start: int) -> np.ndarray:
-        return np.append(self.bos, self.tokens[start + 1 : start + self.length]).astype(np.int64)
-
     def at(self, position: int) -> np.ndarray:
         """The window, [length], that starts at `position`, or before it where the document or the text ends too early."""
         d = np.searchsorted(self.starts, position, side="right") - 1
-        start = max(self.starts[d], min(position, self.ends[d] - self.length))
-        return self._cut(min(start, len(self.tokens) - self.length))
+        start = min(max(self.starts[d], min(position, self.ends[d] - self.length)), len(self.tokens) - self.length)
+        return np.append(self.bos, self.tokens[start + 1 : start + self.length]).astype(np.int64)
 
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        return self.at(int(rng.integers(0, len(self.tokens))))
-
-    def inside(self, count: int) -> np.ndarray:
-        """At most `count` windows, evenly spread, each wholly inside one document: [n, length]. Raises ValueError where none fits."""
-        starts = [s for a, b in zip(self.starts, self.ends, strict=True) for s in range(a, b - self.length + 1, self.length)]
-        if not starts:
+    def inside(self, count: int) -> list[Window]:
+        """At most `count` windows, evenly spread, each inside one document, words not counted. Raises ValueError where none fits."""
+        spans = enumerate(zip(self.starts, self.ends, strict=True))
+        fit = [(d, start) for d, (a, b) in spans for start in range(a, b - self.length + 1, self.length)]
+        if not fit:
             raise ValueError(f"no held-out document fills a window of {self.length} tokens: use longer documents")
-        return np.stack([self._cut(starts[int(i)]) for i in np.linspace(0, len(starts) - 1, min(count, len(starts)))])
-
-
-@torch.no_grad()
-def loss_by_position(model, windows: np.ndarray, batch: int = 8) -> dict[str, float]:
-    """Mean next-token loss in nats by position of the predicting token, over windows [n, length]."""
-    losses = []
-    for x in torch.from_numpy(windows).to(model.device).split(batch):
-        logits = model(input_ids=x, use_cache=False).logits[:, :-1].float()
-        losses.append(F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none").double().cpu())
-    mean = torch.cat(losses).mean(0)
-    parts = {f"{a}-{min(b, len(mean)) - 1}": mean[a:b] for a, b in pairwise(BINS) if a < len(mean)} | {"all": mean}
-    return {name: round(part.mean().item(), 4) for name, part in parts.items()}
+        chosen = [fit[int(i)] for i in np.linspace(0, len(fit) - 1, min(count, len(fit)))]
+        return [Window(d, tuple(self.at(start).tolist()), words=0) for d, start in chosen]
 
 
 def pretrain(
@@ -96,8 +76,12 @@ def pretrain(
     length, corpora = model.config.max_position_embeddings, {name: load_corpus(name) for name in MIX}
     train, held = ({n: Windows(token_file(out, n, d, tokenizer), length, tokenizer.bos_token_id) for n, d in part.items()}
                    for part in split(corpora))  # fmt: skip
-    heldout = {name: text.inside(windows) for name, text in held.items()}
-    losses = {"start": {n: loss_by_position(model, w) for n, w in heldout.items()}}
+
+    def heldout_losses() -> dict[str, dict]:
+        scores = {name: perplexity(model, text.inside(windows)) for name, text in held.items()}
+        return {name: {"all": s["log_ppl"], "by_position": s["by_position"]} for name, s in scores.items()}
+
+    losses = {"start": heldout_losses()}
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix], "weight_decay": 0.1 * matrix} for matrix in (1, 0)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     settings = {"batch": batch, "lr": lr, "seed": seed, "data": {n: c.sha256 for n, c in corpora.items()}}
@@ -124,8 +108,8 @@ def pretrain(
         for g in optimizer.param_groups:
             g["lr"] = lr * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * (1 - done))
         rng = np.random.default_rng((seed, step))  # by step, so that a resumed run draws what an uninterrupted one would
-        names = rng.choice(list(MIX), size=batch, p=list(MIX.values()))
-        x = torch.from_numpy(np.stack([train[n].draw(rng) for n in names])).to(model.device)
+        texts = [train[n] for n in rng.choice(list(MIX), size=batch, p=list(MIX.values()))]
+        x = torch.from_numpy(np.stack([t.at(int(rng.integers(len(t.tokens)))) for t in texts])).to(model.device)
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
             loss = model(input_ids=x, labels=x, use_cache=False).loss
         loss.backward()
@@ -140,7 +124,8 @@ def pretrain(
 
     model.eval().half().save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-    losses["this model"] = {n: loss_by_position(model.float(), w) for n, w in heldout.items()}
+    model.float()  # of the weights as saved
+    losses["this model"] = heldout_losses()
     card = {
         "command": f"python -m lesslib.pretrain --start {Path(start).name} --out OUT --minutes {minutes:g} --tokens {tokens} "
         f"--batch {batch} --lr {lr:g} --seed {seed} --windows {windows}",
@@ -150,7 +135,7 @@ def pretrain(
         "device": str(model.device), "torch": torch.__version__, "heldout_loss_by_position": losses,
     }  # fmt: skip
     write_json(out / "model" / "card.json", card)
-    print(json.dumps(losses, indent=1), flush=True)
+    print(json.dumps(losses), flush=True)
     return card
 
 

@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ def results_dir(profile: str) -> Path:
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Write a file by atomic rename. Raises OSError naming the path and what to do when the disk refuses."""
     path = Path(path)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as f:
@@ -80,14 +81,13 @@ def read_torch(path: Path, fix: str, device: Any = "cpu") -> Any:
 def _read(path: Path, whole: Callable[[Any], bool], fix: str) -> Any:
     """The JSON of a file, None where there is none. Raises ValueError for one that is damaged or not `whole`."""
     try:
-        found = json.loads(path.read_text())
+        if whole(found := json.loads(path.read_text())):
+            return found
+        raise ValueError("not what belongs there")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}): {fix}") from e
-    if not whole(found):
-        raise ValueError(f"{path} is damaged (not what belongs there): {fix}")
-    return found
 
 
 def read_ledger(path: Path) -> list[str]:
@@ -111,16 +111,12 @@ def _commit() -> str:
     return lines[0].removeprefix("# branch.oid ") + ("" if lines[-1].startswith("#") else "-dirty")
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def manifest(profile: str, seed: int, data: list[dict], seconds: float) -> dict:
     """What a reader needs to judge or repeat a result: code, versions, hardware, seed, data and time."""
     import torch
 
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.is_file() else "")
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -128,7 +124,10 @@ def manifest(profile: str, seed: int, data: list[dict], seconds: float) -> dict:
         "profile": profile, "seed": seed, "data": data, "seconds": round(seconds, 1),
         "commit": _commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "lesslib": __version__, **versions},
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_gib": round(memory), "gpu": gpu},
+        "hardware": {
+            "cpu": cpu[1] if cpu else platform.machine(), "gpu": gpu, "memory_gib": round(memory),
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        },
     }  # fmt: skip
 
 
@@ -161,11 +160,11 @@ def sweep(
         check_writable(path.parent)
     for point in todo:
         seconds = [e["seconds"] for e in recorded.values()]
-        left = sum(seconds) / len(seconds) * (len(points) - len(done)) if seconds else None
-        _sweep.update(name=name, done=len(done), total=len(points), point=point, seconds_left=left)
+        left = f"about {minutes(sum(seconds) / len(seconds) * (len(points) - len(done)))} left" if seconds else ""
+        progress(name, len(done), len(points), left)
         begun = time.time()
+        _sweep.update(done=f"{name} {len(done)}/{len(points)}", left=left)
         try:
-            _show(_sweep)
             value = compute(**points[point])
         finally:
             _sweep.clear()
@@ -176,27 +175,27 @@ def sweep(
         if ledger:
             here.append(f"{name}:{point}:{keys[point]}")
             write_json(ledger, sorted(here))
-    _show({"name": name, "done": len(points), "total": len(points)})
+    progress(name, len(points), len(points))
     return load(name, profile) or record
 
 
-_sweep: dict[str, Any] = {}  # the point under way, which the loops inside it belong to
-_began: dict[str, float] = {}  # when each loop that has a bar was first heard of
+_sweep: dict[str, str] = {}  # what a loop inside a point says of the sweep under way: the points "done", and the time "left"
+_began: dict[str, float] = {}  # when each loop was first heard of
 
 
-def progress(label: str, done: int, total: int) -> None:
+def progress(label: str, done: int, total: int, left: str = "") -> None:
     """Say that a loop has done `done` of `total` steps: to the runner through the file $LESS_PROGRESS, else as a bar."""
-    _show(_sweep | {"inside": label, "inside_points": [done, total]} if _sweep else {"name": label, "done": done, "total": total})
-
-
-def _show(state: dict[str, Any]) -> None:
     if file := os.environ.get("LESS_PROGRESS"):
-        write_json(file, state)
+        write_json(file, [*filter(None, [_sweep.get("done"), f"{label} {done}/{total}", left or _sweep.get("left")])])
     elif "PYTEST_VERSION" not in os.environ and (sys.stderr.isatty() or "ipykernel" in sys.modules):
         from tqdm import tqdm
 
-        name, (done, total) = state.get("inside", state["name"]), state.get("inside_points", (state["done"], state["total"]))
-        bar = tqdm.format_meter(done, total, time.time() - _began.setdefault(name, time.time()), ncols=79, prefix=name)
-        print(f"\r{bar if done < total else '':<79}", end="\r", file=sys.stderr, flush=True)
+        prefix, begun = " · ".join(filter(None, [_sweep.get("done"), label])), _began.setdefault(label, time.time())
+        bar = tqdm.format_meter(done, total, time.time() - begun, ncols=79, prefix=prefix) if done < total else ""
+        print(f"\r{bar:<79}", end="\r", file=sys.stderr, flush=True)
         if done >= total:
-            del _began[name]
+            _began.pop(label)
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

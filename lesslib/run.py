@@ -21,17 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from .profiles import PROFILES, Profile, get_profile
-from .results import ROOT, check_writable, read_ledger, results_dir, write_bytes, write_json
+from .results import ROOT, check_writable, minutes, read_ledger, results_dir, write_bytes, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
-PARAMETERS = {"profile", "seed"}
-# With the long default spins, threads that share a busy core wait for each other for seconds.
-SHORT_SPINS = {"GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
 QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 class Notebook:
-    """A file of notebooks/: number, title and paper item from its first line, code, and the notebooks whose files it reads."""
+    """A file of notebooks/: number, title and paper item from its first line, code, the notebooks whose files it reads; how it went."""
 
     def __init__(self, path: Path) -> None:
         node = json.loads(path.read_text("utf-8"))
@@ -41,69 +38,49 @@ class Notebook:
         self.title, _, self.item = heading.removeprefix(f"# {self.number} · ").removesuffix(")").partition(" (")
         self.cells = [("".join(c["source"]), c["metadata"].get("tags", [])) for c in node["cells"] if c["cell_type"] == "code"]
         self.sha256 = hashlib.sha256(json.dumps(self.cells).encode()).hexdigest()
+        self.state, self.seconds, self.verdicts = "to run", 0.0, list[str]()
 
     def problem(self) -> str | None:
         """What is wrong with its `parameters` cell; papermill would only warn, and run with the notebook's own values."""
         sources = [source for source, tags in self.cells if "parameters" in tags]
-        if len(sources) != 1:
-            return f"{self.path.name}: {len(sources)} code cells are tagged parameters; tag one"
-        names = {n.id for n in ast.walk(ast.parse(sources[0])) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        wrong = [f"lacks {n}" for n in sorted(PARAMETERS - names)] + [f"sets {n}" for n in sorted(names - PARAMETERS)]
-        return f"{self.path.name}: the parameters cell {', '.join(wrong)}; it sets profile and seed, no more" if wrong else None
+        names = {n.id for n in ast.walk(ast.parse("\n".join(sources))) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        if len(sources) == 1 and names == {"profile", "seed"}:
+            return None
+        return f"{self.path.name}: {len(sources)} parameters cells set {sorted(names)}; tag one, which sets profile and seed, no more"
 
 
-# ---------------------------------------------------------------- what has been run: results/<profile>/.run.json
 class Record:
-    """By notebook: the key of its last run on this machine, seconds, verdicts, and the result files that it left."""
+    """results/<profile>/.run.json, by notebook: the key of its last run on this machine, seconds, verdicts, result files it left."""
 
     def __init__(self, profile: str, seed: int) -> None:
         self.home, self.stamps = results_dir(profile).absolute(), dict[str, dict]()
         with contextlib.suppress(OSError, ValueError):
             self.stamps |= json.loads((self.home / ".run.json").read_text())
         data, package = os.environ.get("LESS_DATA"), ROOT / "lesslib"
-        digest = hashlib.sha256(repr((profile, seed, data)).encode())
-        for path in sorted(Path(data).glob("*.gz")) if data else []:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-        for path in sorted(p for p in package.rglob("*") if p.is_file() and p.suffix not in (".pyc", ".tmp")):
-            digest.update(f"{path.relative_to(package)} {path.stat().st_size}\0".encode() + path.read_bytes())
-        self.key = digest.hexdigest()  # what every notebook depends on, beside its own code
+        texts = [(p.name, p.stat().st_size) for p in sorted(Path(data).glob("*.gz"))] if data else []
+        files = sorted(p for p in package.rglob("*") if p.is_file() and p.suffix not in (".pyc", ".tmp"))
+        code = [(str(p.relative_to(package)), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files]
+        self.key = hashlib.sha256(repr((profile, seed, data, texts, code)).encode()).hexdigest()  # all but a notebook's own code
 
     def up_to_date(self, notebook: Notebook) -> bool:
         stamp = self.stamps.get(notebook.name, {"key": None, "files": []})
         return stamp["key"] == [notebook.sha256, self.key] and all((self.home / f).is_file() for f in stamp["files"])
 
-    def add(self, notebook: Notebook, seconds: float, verdicts: list[str]) -> None:
-        files = [f"notebooks/{notebook.path.name}", *sorted(p.name for p in self.home.glob("[!.]*.json"))]
-        self.stamps[notebook.name] = {"key": [notebook.sha256, self.key], "seconds": seconds, "verdicts": verdicts, "files": files}
+    def add(self, n: Notebook) -> None:
+        files = [f"notebooks/{n.path.name}", *sorted(p.name for p in self.home.glob("[!.]*.json"))]
+        self.stamps[n.name] = {"key": [n.sha256, self.key], "seconds": n.seconds, "verdicts": n.verdicts, "files": files}
         write_json(self.home / ".run.json", self.stamps)
 
     def forget(self, notebooks: list[Notebook]) -> None:
         """--fresh: drop their stamps, the points of the experiments that they call, and the kernels if they train them."""
-        self.stamps = {name: stamp for name, stamp in self.stamps.items() if name not in {n.name for n in notebooks}}
+        for notebook in notebooks:
+            self.stamps.pop(notebook.name, None)
         write_json(self.home / ".run.json", self.stamps)
         experiments = {e for n in notebooks for source, _ in n.cells for e in re.findall(r"experiments\.(\w+)\(", source)}
         if points := read_ledger(ledger := self.home / ".ledger.json"):
             write_json(ledger, [point for point in points if point.split(":")[0] not in experiments])
         if "training_kernels" in experiments:
             shutil.rmtree(self.home / "kernels", ignore_errors=True)
-
-
-# ---------------------------------------------------------------- before anything is computed
-def model_problem(name: str) -> str | None:
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    from .data import hub_reachable
-    from .models import carried_models
-
-    if name in carried_models() or (Path(name) / "config.json").is_file() or isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return None
-    if not hub_reachable():
-        return f"model {name!r}: not on this machine, and the hub cannot be reached; connect, or use another profile"
-    try:
-        HfApi().auth_check(name)
-    except Exception as e:  # of the hub's client: gated, not found, no token
-        return f"model {name!r}: {str(e).strip().splitlines()[0]}; accept its licence on the hub and log in with `hf auth login`"
-    return None
 
 
 def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: bool) -> Iterator[str]:
@@ -127,38 +104,41 @@ def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: b
     if data and not Path(data).is_dir():
         yield f"LESS_DATA={data} is not a folder; correct it, or unset it to use the hub"
     import torch  # here: the answer "up to date" needs none of these
+    from huggingface_hub import HfApi, try_to_load_from_cache
 
-    from .data import missing
+    from .data import hub_reachable, missing
+    from .models import carried_models
 
-    yield from filter(None, [*map(missing, dict.fromkeys(profile.evaluation + profile.training)), model_problem(profile.model)])
+    yield from filter(None, map(missing, dict.fromkeys(profile.evaluation + profile.training)))
+    model = profile.model
+    local = model in carried_models() or (Path(model) / "config.json").is_file()
+    if not local and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+        try:
+            if hub_reachable():
+                HfApi().auth_check(model)
+            else:
+                yield f"model {model!r}: not on this machine, and the hub cannot be reached; connect, or use another profile"
+        except Exception as e:  # of the hub's client: gated, not found, no token
+            yield f"model {model!r}: {str(e).strip().splitlines()[0]}; accept its licence on the hub and log in with `hf auth login`"
     gpu = torch.cuda.get_device_properties(0).total_memory / 2**30 if profile.gpu_gib and torch.cuda.is_available() else 0.0
     if gpu < profile.gpu_gib:
         yield f"profile {profile.name} needs a GPU of {profile.gpu_gib:g} GiB, here: {gpu:.0f}; use --profile wild or tiny"
 
 
-# ---------------------------------------------------------------- running
-def minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
-
-
 @contextlib.contextmanager
 def watching(head: str, file: Path) -> Iterator[None]:
-    """Show `head` and what the notebook writes to `file`: on a terminal in one line that renews itself, else a line now and then."""
+    """Show `head` and the words that `progress` writes to `file`: on a terminal in a line that renews itself, else a line now and then."""
     file.unlink(missing_ok=True)
     stop, terminal, begun = threading.Event(), sys.stdout.isatty(), time.time()
 
     def show() -> None:
-        while True:
+        while not stop.is_set():
             words = [head, minutes(time.time() - begun)]
             with contextlib.suppress(OSError, ValueError):
-                now = json.loads(file.read_text())
-                words.append(f"{now['name']} {now['done']}/{now['total']}")
-                words += [f"{now['inside']} {now['inside_points'][0]}/{now['inside_points'][1]}"] if "inside" in now else []
-                words += [f"about {minutes(now['seconds_left'])} left"] if now.get("seconds_left") else []
+                words += json.loads(file.read_text())
             line = " · ".join(words)
             print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}" if terminal else f"{line}\n", end="", flush=True)
-            if stop.wait(0.5 if terminal else QUIET_SECONDS):
-                return print("\r\033[K" if terminal else "", end="", flush=True)
+            stop.wait(0.5 if terminal else QUIET_SECONDS)
 
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
@@ -167,14 +147,16 @@ def watching(head: str, file: Path) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+        print("\r\033[K" if terminal else "", end="", flush=True)
 
 
 def environment(profile: str, **more: str) -> dict[str, str]:
     """For kernels: absolute folders, this copy of lesslib, and this interpreter under the kernel name python3."""
     env = {k: v for k, v in os.environ.items() if k not in ("LESS_LEDGER", "LESS_FROM_RESULTS", "LESS_PROGRESS", "JUPYTER_PATH")}
     env |= {name: os.path.abspath(env[name]) for name in ("LESS_DATA", "LESS_RESULTS") if env.get(name)}
+    env.setdefault("GOMP_SPINCOUNT", "1000")  # at the long default, threads that share a busy core wait for each other for seconds
     path = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    return env | {"LESS_PROFILE": profile, "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1", **SHORT_SPINS} | more
+    return env | {"LESS_PROFILE": profile, "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"} | more
 
 
 def execute(notebook: Notebook, out: Path, parameters: dict[str, Any]) -> Any:
@@ -213,19 +195,15 @@ def failure(error: Exception, out: Path, rerun: str) -> str:
     return f"FAILED  {out.stem}, cell In [{number or ' '}]\n{shown}error   {what}\nopen    {out}\nrerun   {rerun}"
 
 
-Row = tuple[Notebook, str, float | None, list[str]]  # a notebook, its state, its seconds, its verdicts
-
-
-def show(rows: list[Row]) -> None:
-    table = [(n.number, n.title, n.item, state, "" if seconds is None else minutes(seconds)) for n, state, seconds, _ in rows]
+def show(notebooks: list[Notebook]) -> None:
+    table = [(n.number, n.title, n.item, n.state, minutes(n.seconds) if n.seconds else "") for n in notebooks]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells, (*_, verdicts) in zip(table, rows, strict=True):
-        print("  ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip(), *verdicts, sep="\n      ")
+    for n, cells in zip(notebooks, table, strict=True):
+        print("  ".join(map(str.ljust, cells, widths)).rstrip(), *n.verdicts, sep="\n      ")
 
 
-def run(profile: str, record: Record, todo: list[Notebook], options: argparse.Namespace, command: str) -> dict[str, Row]:
-    """Execute `todo`; a row for each that was reached."""
-    rows: dict[str, Row] = {}
+def run(profile: str, record: Record, todo: list[Notebook], options: argparse.Namespace, command: str) -> None:
+    """Execute `todo`, and note in each notebook that was reached how it went."""
     progress, ledger = record.home / ".progress.json", {"LESS_LEDGER": str(record.home / ".ledger.json")}
     env = environment(profile, LESS_PROGRESS=str(progress), **({"LESS_FROM_RESULTS": "1"} if options.from_results else ledger))
     os.environ.clear()  # kernels inherit this process's environment
@@ -237,26 +215,17 @@ def run(profile: str, record: Record, todo: list[Notebook], options: argparse.Na
                 executed = execute(n, out, {} if options.refresh else {"profile": profile, "seed": options.seed})
         except Exception as e:  # of papermill, of nbclient, or of a disk that refuses
             print(failure(e, out, f"{command} --only {n.number}"), flush=True)
-            rows[n.name] = (n, "FAILED", time.time() - begun, [])
+            n.state, n.seconds, n.verdicts = "FAILED", time.time() - begun, []
             if not options.keep_going:
                 break
             continue
         checked = [c for c in executed.cells if "nbval-check-output" in c.metadata.get("tags", [])]
-        verdicts = "".join(o.text for c in checked for o in c.outputs if o.output_type == "stream").splitlines()
-        rows[n.name] = (n, "done", time.time() - begun, verdicts)
+        n.verdicts = "".join(o.text for c in checked for o in c.outputs if o.output_type == "stream").splitlines()
+        n.state, n.seconds = "done", time.time() - begun
         if options.refresh:
             write_back(n, executed, profile)
         if not options.from_results:
-            record.add(n, time.time() - begun, verdicts)
-    return rows
-
-
-# ---------------------------------------------------------------- the command line
-def test(extra: list[str]) -> int:
-    """pytest on tests/ and, under `smoke`, on the verdict cells of the notebooks; results go to a temporary folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        what = ["tests", *map(str, sorted(NOTEBOOKS.glob("*.ipynb"))), "--nbval-lax", "--nbval-current-env"]
-        return subprocess.call([sys.executable, "-m", "pytest", *what, *extra], cwd=ROOT, env=environment("smoke", LESS_RESULTS=folder))
+            record.add(n)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -264,8 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--profile", help=f"{', '.join(PROFILES)} (default: $LESS_PROFILE, or tiny)")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument("--only", action="append", default=[], metavar="03", help="these notebooks; may be repeated, or a list with commas")
-    p.add_argument("--fresh", action="store_true", help="compute again what was computed on this machine")
-    p.add_argument("--from-results", action="store_true", help="redraw figures and tables from the recorded results, without compute")
+    either = p.add_mutually_exclusive_group()
+    either.add_argument("--fresh", action="store_true", help="compute again what was computed on this machine")
+    either.add_argument("--from-results", action="store_true", help="redraw figures and tables from the recorded results, without compute")
     p.add_argument("--keep-going", action="store_true", help="go on after a notebook that fails")
     p.add_argument("--refresh", action="store_true", help="also write the executed notebooks back into notebooks/, with outputs")
     p.add_argument("--list", action="store_true", help="show the notebooks and what would be run")
@@ -274,11 +244,14 @@ def main(arguments: list[str] | None = None) -> int:
     o, extra = p.parse_known_args(arguments)
     if extra and not (o.test or o.lab):
         p.error(f"unknown argument {extra[0]}")
-    if (o.refresh and o.seed) or (o.fresh and o.from_results):
-        p.error("--refresh takes the notebooks' own seed, 0" if o.refresh and o.seed else "--fresh computes, --from-results does not")
-    if o.test:
-        return test(extra)
-    notebooks = [Notebook(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    if o.refresh and o.seed:
+        p.error("--refresh takes the notebooks' own seed, 0")
+    paths = sorted(NOTEBOOKS.glob("*.ipynb"))
+    if o.test:  # pytest on tests/ and, under `smoke`, on the verdict cells of the notebooks
+        command = [sys.executable, "-m", "pytest", "tests", *map(str, paths), "--nbval-lax", "--nbval-current-env", *extra]
+        with tempfile.TemporaryDirectory() as folder:
+            return subprocess.call(command, cwd=ROOT, env=environment("smoke", LESS_RESULTS=folder))
+    notebooks = [Notebook(path) for path in paths]
     numbers = [n.number for n in notebooks]
     wanted = [w for only in o.only for w in only.split(",") if w]
     chosen = [n for n in notebooks if n.number in wanted or not wanted]
@@ -289,6 +262,8 @@ def main(arguments: list[str] | None = None) -> int:
         record = Record(profile.name, o.seed)
         todo = [n for n in chosen if o.fresh or o.from_results or o.refresh or not record.up_to_date(n)]
         problems += preflight(profile, record, todo, not o.from_results) if todo and not (o.list or o.lab) else []
+        if o.fresh and not (o.list or o.lab or problems):
+            record.forget(chosen)
     except ValueError as e:
         problems.append(str(e))
     if problems:
@@ -297,24 +272,20 @@ def main(arguments: list[str] | None = None) -> int:
     if o.lab:
         command = [sys.executable, "-m", "jupyterlab", str(NOTEBOOKS), "--KernelManager.transport_encryption=auto", *extra]
         return subprocess.call(command, cwd=ROOT, env=environment(profile.name))
-    if o.fresh and not o.list:
-        try:
-            record.forget(chosen)
-        except ValueError as e:
-            print(e, file=sys.stderr)
-            return 2
     flags = ["--from-results"] * o.from_results + ["--refresh"] * o.refresh + [f"--seed {o.seed}"] * bool(o.seed)
     again = " ".join(["./run_all.sh", "--profile", profile.name, *flags])
+    for n in chosen:
+        n.state = "to run" if n in todo else "up to date"
+        if stamp := record.stamps.get(n.name):
+            n.seconds, n.verdicts = stamp["seconds"], [] if o.list else stamp["verdicts"]
     try:
-        rows = {} if o.list else run(profile.name, record, todo, o, again)
+        if not o.list:
+            run(profile.name, record, todo, o, again)
     except KeyboardInterrupt:
         print(f"\ninterrupted: every finished point is kept, {again} goes on from there", file=sys.stderr)
         return 130
-    for n in chosen:
-        stamp = record.stamps.get(n.name, {"seconds": None, "verdicts": []})
-        rows.setdefault(n.name, (n, "to run" if n in todo else "up to date", stamp["seconds"], [] if o.list else stamp["verdicts"]))
-    show([rows[n.name] for n in chosen])
-    if failed := [n.number for n, state, *_ in rows.values() if state == "FAILED"]:
+    show(chosen)
+    if failed := [n.number for n in chosen if n.state == "FAILED"]:
         print(f"\nfailed: {', '.join(failed)}. After the repair, {again} goes on from there.")
     return 1 if failed else 0
 

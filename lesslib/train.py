@@ -7,12 +7,16 @@ projection at positions past the budget (paper, section 3.2) over the sparse pol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -24,8 +28,9 @@ from .data import load_corpus, training_windows
 from .hf import attention_modules, capture, model_shape, output_projection
 from .kernels import Kernels, LayerKernels
 from .models import keep_memory, kernel_path, load_model
-from .parallel import Evicted, evict, recover
-from .policies import Policy, get_policy
+from .ops.scan import arrivals, lowrank_attention, merge
+from .parallel import evict
+from .policies import Policy, gather_tokens, get_policy, one_thread
 from .profiles import Profile, get_profile
 from .results import progress, read_torch, results_dir, write_torch
 
@@ -103,84 +108,123 @@ def capture_layers(
     return data
 
 
+def features(kernels: LayerKernels, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """phi(q) and psi(k) in float32; while training their matmuls run in bfloat16, which halves the largest tensors of a step."""
+    with torch.autocast(q.device.type, torch.bfloat16, enabled=kernels.training):
+        phi, psi = kernels.phi(q), kernels.psi(k)
+    return phi.float(), psi.float()
+
+
 class LayerTrainer:
-    """Everything that training one layer needs, computed once: eviction times, sparse outputs, log-sum-exps, errors."""
+    """Everything that training one layer needs, computed once; only phi, psi and one scan are left to each step.
+
+    What is kept covers the positions past the budget, where each query finds one more evicted token in the state: sparse outputs,
+    log-sum-exps, and the evicted keys and values in the order in which they leave, which take the place of k and v in `data`.
+    """
 
     def __init__(self, data: LayerData, policy: Policy, projection: Tensor, validation: int, batch: int = 8, plus: int = 4):
-        self.data, self.policy, self.batch, self.device = data, policy, batch, projection.device
-        self.projection = projection.float()  # W_O [d_model, Hq * Dv]
-        N = len(data.q)
+        N, _, S, _ = data.q.shape
         if not 0 < validation < N:
             raise ValueError(f"{validation} validation sequences of {N}: leave at least one for training and one for validation")
+        if policy.budget is None or policy.budget + 1 >= S:
+            raise ValueError(f"{policy}: windows of {S} tokens never fill the budget: use a smaller budget or longer windows")
+        self.data, self.batch, self.device, self.positions = data, batch, projection.device, S - policy.budget - 1
+        past = slice(policy.budget + 1, None)
+        self.gram = projection.float().T @ projection.float()  # W_O^T W_O, [Hq * Dv, Hq * Dv]
+        self.outputs = projection.shape[0]
         self.train_rows, self.validation_rows = torch.arange(N).split([N - validation, validation])
-        parts = [self._evict(policy, rows) for rows in torch.arange(N).split(batch)]
-        once = [(e.times.cpu(), e.sparse.to("cpu", data.q.dtype), e.logsumexp.cpu()) for e in parts]
-        self.times, self.sparse, self.logsumexp = (torch.cat(each) for each in zip(*once, strict=True))
+        self.sparse, self.logsumexp = torch.empty_like(data.out[:, :, past]), torch.empty(*data.out[:, :, past].shape[:-1])
+        plus_errors = []
+        for rows in (*self.train_rows.split(batch), *self.validation_rows.split(batch)):
+            q, k, v, target = (x[rows].to(self.device, torch.float32) for x in (data.q, data.k, data.v, data.out))
+            if rows[0] >= N - validation:
+                out = evict(policy.plus(plus), q, k, v, scaling=data.scaling).sparse
+                plus_errors.append(self.error(out[:, :, past], target[:, :, past]).item() * len(rows))
+            evicted = evict(policy, q, k, v, scaling=data.scaling)
+            token = arrivals(evicted.times)[..., past]
+            self.sparse[rows] = evicted.sparse[:, :, past].to("cpu", self.sparse.dtype)
+            self.logsumexp[rows] = evicted.logsumexp[:, :, past].cpu()
+            for into, x in ((data.k, k), (data.v, v)):
+                into[rows, :, past] = gather_tokens(x, token).to("cpu", into.dtype)
         sets = {"train": self.train_rows, "validation": self.validation_rows}
-        self.sparse_error = {name: self._mean_error(lambda r: self.evicted(r).sparse, rows) for name, rows in sets.items()}
-        self.plus_error = self._mean_error(lambda r: self._evict(policy.plus(plus), r).sparse, self.validation_rows)
+        self.sparse_error = {name: self._mean_error(lambda r: self._load(self.sparse, r), rows) for name, rows in sets.items()}
+        self.plus_error = sum(plus_errors) / validation
 
-    def _load(self, rows: Tensor) -> list[Tensor]:
-        return [x[rows].to(self.device, torch.float32) for x in (self.data.q, self.data.k, self.data.v, self.data.out)]
+    def _load(self, x: Tensor, rows: Tensor) -> Tensor:
+        """`rows` of x at the P positions past the budget (all that x has when it has no more), in float32."""
+        x = x.index_select(0, rows)  # on CPU four times as fast as x[rows]
+        return x[:, :, -self.positions :].to(self.device, torch.float32)
 
-    def _evict(self, policy: Policy, rows: Tensor) -> Evicted:
-        q, k, v, _ = self._load(rows)
-        return evict(policy, q, k, v, scaling=self.data.scaling)
-
-    def evicted(self, rows: Tensor) -> Evicted:
-        times, sparse, logsumexp = (x[rows].to(self.device) for x in (self.times, self.sparse, self.logsumexp))
-        return Evicted(times, sparse.float(), logsumexp)
+    def target(self, rows: Tensor) -> Tensor:
+        """Dense attention outputs [b, Hq, P, Dv] of sequences `rows`."""
+        return self._load(self.data.out, rows)
 
     def error(self, out: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error after W_O at the positions past the budget; out, target [b, Hq, S, Dv]."""
-        past = (out - target)[:, :, self.policy.budget :].transpose(1, 2).flatten(2)
-        return (past @ self.projection.T).square().mean()
+        """Mean squared error after W_O; out, target [b, Hq, P, Dv]."""
+        difference = (out - target).transpose(1, 2).flatten(2)
+        size = difference.shape[0] * difference.shape[1] * self.outputs
+        error = (difference * (difference.detach() @ self.gram)).sum() / size  # d^T W_O^T W_O d
+        return 2 * error - error.detach()  # both factors have the same gradient, so one of them is doubled: a matmul less
 
-    def output(self, kernels: LayerKernels, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(LESS, target) attention outputs [b, Hq, S, Dv] of sequences `rows`."""
-        q, k, v, target = self._load(rows)
-        return recover(self.evicted(rows), kernels.phi(q), kernels.psi(k), v), target
+    def output(self, kernels: LayerKernels, rows: Tensor) -> Tensor:
+        """Attention outputs of LESS [b, Hq, P, Dv] for sequences `rows`."""
+        q, k, v = (self._load(x, rows) for x in (self.data.q, self.data.k, self.data.v))
+        recovered = lowrank_attention(*features(kernels, q, k), v)
+        return merge(self._load(self.sparse, rows), self._load(self.logsumexp, rows), *recovered)
 
     @torch.no_grad()
     def _mean_error(self, out: Callable[[Tensor], Tensor], rows: Tensor) -> float:
-        return sum(self.error(out(r), self._load(r)[3]).item() * len(r) for r in rows.split(self.batch)) / len(rows)
+        return sum(self.error(out(r), self.target(r)).item() * len(r) for r in rows.split(self.batch)) / len(rows)
 
     def relative_error(self, kernels: LayerKernels) -> float:
         """Validation error of LESS over the sparse policy's."""
         kernels.eval()
-        return self._mean_error(lambda r: self.output(kernels, r)[0], self.validation_rows) / self.sparse_error["validation"]
+        return self._mean_error(lambda r: self.output(kernels, r), self.validation_rows) / self.sparse_error["validation"]
 
-    def fit(self, kernels: nn.Module, recipe: Recipe, label: str = "kernels") -> dict:
-        """Train one layer's `kernels` in place, keep the weights of the best validation error, return the curves."""
+    def epoch(self, kernels: LayerKernels, optimizer: torch.optim.Optimizer, rows: Iterable[Tensor]) -> float:
+        """One step of `optimizer` for each batch of `rows`; the mean training error over the sparse policy's."""
+        losses = []
+        for r in rows:
+            loss = self.error(self.output(kernels, r), self.target(r)) / self.sparse_error["train"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return sum(losses) / len(losses)
+
+    def fit(self, kernels: nn.Module, recipe: Recipe, label: str = "kernels", tick: Callable[[], None] = lambda: None) -> dict:
+        """Train one layer's `kernels` in place, keep the weights of the best validation error, return the curves; `tick` each epoch."""
         assert isinstance(kernels, LayerKernels)
-        kernels.to(self.device)
-        optimizer = torch.optim.Adam(kernels.parameters(), lr=recipe.lr)
+        kernels.to(self.device).generator = torch.Generator(self.device).manual_seed(recipe.seed)
+        optimizer = torch.optim.Adam(kernels.parameters(), lr=recipe.lr, fused=True)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, recipe.halve_every, gamma=0.5)
         order = torch.Generator().manual_seed(recipe.seed)
         best, best_state, train_curve, begun = float("inf"), {}, [], time.time()
         curve = [self.relative_error(kernels)]
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(recipe.seed)  # of dropout
-            for epoch in range(recipe.epochs):
-                kernels.train()
-                losses = []
-                for rows in self.train_rows[torch.randperm(len(self.train_rows), generator=order)].split(recipe.batch):
-                    loss = self.error(*self.output(kernels, rows)) / self.sparse_error["train"]
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    losses.append(loss.item())
-                schedule.step()
-                train_curve.append(sum(losses) / len(losses))
-                curve.append(self.relative_error(kernels))
-                if not curve[-1] < float("inf"):
-                    raise FloatingPointError(f"{label}: the loss is {curve[-1]} after epoch {epoch + 1}; lower --lr from {recipe.lr:g}")
-                if curve[-1] < best:
-                    best, best_state = curve[-1], {n: t.detach().clone() for n, t in kernels.state_dict().items()}
-                progress(label, epoch + 1, recipe.epochs)
+        for epoch in range(recipe.epochs):
+            shuffled = self.train_rows[torch.randperm(len(self.train_rows), generator=order)]
+            train_curve.append(self.epoch(kernels.train(), optimizer, shuffled.split(recipe.batch)))
+            schedule.step()
+            curve.append(self.relative_error(kernels))
+            if not curve[-1] < float("inf"):
+                raise FloatingPointError(f"{label}: the loss is {curve[-1]} after epoch {epoch + 1}; lower --lr from {recipe.lr:g}")
+            if curve[-1] < best:
+                best, best_state = curve[-1], {n: t.detach().clone() for n, t in kernels.state_dict().items()}
+            tick()
         kernels.load_state_dict(best_state)
         plus = self.plus_error / self.sparse_error["validation"]
         return {"train": train_curve, "validation": curve, "best": best, "baseline_plus": plus, "seconds": time.time() - begun}
+
+
+@contextlib.contextmanager
+def layer_pool(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each train a layer: on CPU one per core with its operations on that core alone, else a single one.
+
+    A step is many small operations; cores that share each of them spend more time waiting for one another than computing.
+    """
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        yield pool
 
 
 def train(
@@ -208,13 +252,28 @@ def train(
             curves[str(i)] = state["curves"]
     parts[0].parent.mkdir(parents=True, exist_ok=True)
     if todo := [i for i in range(shape["layers"]) if str(i) not in curves]:
+        done, stop = itertools.count(1), threading.Event()
+
+        def tick() -> None:
+            if stop.is_set():
+                raise RuntimeError("another layer failed or was interrupted")
+            progress(f"{policy.name} {policy.budget}: epochs of all layers", next(done), recipe.epochs * len(todo))
+
+        def fit(i: int) -> None:
+            projection = output_projection(attention_modules(model)[i]).weight.detach()
+            trainer = LayerTrainer(data.pop(i), policy, projection, validation, plus=recipe.kernel_size // 2)
+            found = trainer.fit(kernels[i], recipe, f"{policy.name} {policy.budget}: layer {i}", tick)
+            write_torch(parts[i], {"stamp": stamp, "weights": kernels[i].cpu().state_dict(), "curves": found})
+            curves[str(i)] = found
+
         with tempfile.TemporaryDirectory(dir=parts[0].parent) as folder:
             data = capture_layers(model, windows, todo, memory_gib=memory_gib, folder=Path(folder))
-            for n, i in enumerate(todo, 1):
-                projection = output_projection(attention_modules(model)[i]).weight.detach()
-                trainer = LayerTrainer(data.pop(i), policy, projection, validation, plus=recipe.kernel_size // 2)
-                curves[str(i)] = trainer.fit(kernels[i], recipe, f"{policy.name} {policy.budget}: layer {i} ({n}/{len(todo)})")
-                write_torch(parts[i], {"stamp": stamp, "weights": kernels[i].cpu().state_dict(), "curves": curves[str(i)]})
+            with layer_pool(model.device) as pool:
+                try:
+                    list(pool.map(fit, todo))
+                finally:
+                    stop.set()
+        curves = {str(i): curves[str(i)] for i in range(shape["layers"])}
     kernels.header["relative_error"] = {i: round(c["best"], 4) for i, c in curves.items()}
     kernels.save(path)
     shutil.rmtree(parts[0].parent)

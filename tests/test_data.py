@@ -143,10 +143,10 @@ def test_a_failing_download_names_the_cause_and_the_fix(monkeypatch):
 
     monkeypatch.delenv("LESS_DATA", raising=False)
     monkeypatch.setattr(data, "hub_reachable", lambda: True)
-    monkeypatch.setitem(data.SOURCES, "c4", data.Source(file="c4.jsonl.gz", hub=fail))
+    monkeypatch.setitem(data.SOURCES, "c4", ("c4.jsonl.gz", fail))
     with pytest.raises(FileNotFoundError, match=r"no route.*set LESS_DATA"):
         load_corpus("c4")
-    monkeypatch.setitem(data.SOURCES, "c4", data.Source(file="c4.jsonl.gz", hub=lambda: [Document("t", "row")]))
+    monkeypatch.setitem(data.SOURCES, "c4", ("c4.jsonl.gz", lambda: [Document("t", "row")]))
     assert load_corpus("c4").origin == "hub"
 
 
@@ -159,7 +159,7 @@ def test_training_windows_hold_each_corpus_in_equal_shares_without_repeats(token
     assert (windows[:, 0] == tokenizer.bos_token_id).all()
     assert not (windows[:, 1] == tokenizer.bos_token_id).any()
     assert sum("number" in tokenizer.decode(w) for w in windows) == 10
-    second = encode(tokenizer, [two.documents[0].text])[0][1:]
+    second = encode(tokenizer, two.documents[0].text)[1:]
     cuts = {tuple(second[i : i + 32]) for i in range(0, 320, 32)}
     assert cuts <= {tuple(w[1:].tolist()) for w in windows}
     assert torch.equal(windows, training_windows([one, two], tokenizer, 33, 20, seed=3))

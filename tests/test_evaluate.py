@@ -109,6 +109,14 @@ def test_perplexity_is_the_textbook_sum_over_tokens_words_documents_and_position
         inside = np.concatenate([x[b * POSITION_BIN : (b + 1) * POSITION_BIN] for x in losses])
         assert value == pytest.approx(inside.mean(), abs=1e-4)
     assert len(out["by_position"]) == 3  # positions 0-63, 64-127, 128-148
+    kinds = {"new": [], "near": [], "far": []}
+    for w, x in zip(windows, losses, strict=True):
+        for t in range(1, len(w.ids)):
+            where = [j for j in range(t) if w.ids[j] == w.ids[t]]
+            kinds["new" if not where else "near" if t - where[-1] <= 64 else "far"].append(x[t - 1])
+    assert all(len(x) > 20 for x in kinds.values())
+    for name, x in kinds.items():
+        assert out["by_recurrence"][name] == [pytest.approx(sum(x), abs=1e-2), len(x)]
 
 
 def test_the_standard_error_is_that_of_the_mean_over_documents(model, windows):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lesslib import pretrain as module
 from lesslib.data import load_corpus
 from lesslib.models import load_model
-from lesslib.pretrain import Windows, loss_by_position, pretrain, split, token_file
+from lesslib.pretrain import Windows, pretrain, split, token_file
 
 SETTINGS = {"minutes": math.inf, "tokens": 6 * 2 * 32, "batch": 2, "lr": 1e-2, "seed": 3, "windows": 4}  # six steps of two windows of 32
 
@@ -61,6 +61,8 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(start, corpora,
 
     def save(path, state):
         write(path, state)
+        if path.name != "checkpoint.pt":
+            return
         saves.append(state["step"])
         if kind == "kill after a checkpoint" and len(saves) == 3:
             raise KeyboardInterrupt
@@ -110,7 +112,7 @@ def test_a_finished_run_is_not_trained_further_and_its_card_tells_of_it(start, c
     assert card["data"]["novels"] == corpora["novels"].record() | {"share": 0.38, "held_out_documents": 3}
     for losses in card["heldout_loss_by_position"].values():
         assert set(losses) == {"wikipedia", "novels", "topics"}
-        assert set(losses["novels"]) == {"0-30", "all"}
+        assert losses["novels"]["by_position"] == [pytest.approx(losses["novels"]["all"], abs=1e-4)]  # 31 positions lie in one bin
 
 
 def test_checkpoints_that_do_not_fit_are_refused(start, corpora, tmp_path):
@@ -145,39 +147,45 @@ def test_token_files_follow_text_and_vocabulary(corpora, tmp_path):
     joined = [i for d in documents for i in [tokenizer.bos_token_id, *tokenizer(d.text)["input_ids"]]]
     assert tokens.tolist() == joined
     assert token_file(tmp_path, "novels", documents, tokenizer).tolist() == joined
-    assert len(list(tmp_path.glob("novels*.npy"))) == 1
+    files = list(tmp_path.glob("novels*.pt"))
+    assert len(files) == 1
     assert len(token_file(tmp_path, "novels", documents[1:], tokenizer)) < len(joined)
-    assert len(list(tmp_path.glob("novels*.npy"))) == 2
+    assert len(list(tmp_path.glob("novels*.pt"))) == 2
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"novels-.*\.pt is damaged .*delete it"):
+        token_file(tmp_path, "novels", documents, tokenizer)
 
 
 def test_windows_stay_inside_documents_that_are_long_enough():
-    rng = np.random.default_rng(0)
     lengths = [40, 3, 8, 25, 1, 60]
     tokens = np.concatenate([[0, *(np.arange(n - 1) + 100 * (i + 1))] for i, n in enumerate(lengths)]).astype(np.uint16)
     windows, begins = Windows(tokens, 8, 0), np.concatenate([[0], np.cumsum(lengths)])
-    drawn = [windows.at(p) for p in range(len(tokens))] + [windows.draw(rng) for _ in range(50)]
+    drawn = [windows.at(p) for p in range(len(tokens))]
     assert all(len(w) == 8 and w.dtype == np.int64 and w[0] == 0 for w in drawn)
     for position in range(len(tokens)):
         document = int(np.searchsorted(begins, position, side="right")) - 1
         if lengths[document] >= 8:
             assert set((windows.at(position)[windows.at(position) > 0] // 100).tolist()) == {document + 1}
-    inside = windows.inside(1000)
+    found = windows.inside(1000)
+    assert [w.document for w in found] == [i for i, n in enumerate(lengths) for _ in range(n // 8)]
+    inside = np.array([w.ids for w in found])
     assert inside.shape == (sum(n // 8 for n in lengths), 8)
     assert all(len(set((w[w > 0] // 100).tolist())) == 1 and (w[1:] > 0).all() for w in inside)
-    assert windows.inside(3).shape == (3, 8)
+    assert windows.inside(3) == [found[0], found[(len(found) - 1) // 2], found[-1]]
 
 
-def test_loss_by_position_is_the_mean_over_windows(start, monkeypatch):
-    model = load_model(start, "cpu")[0]
-    windows = np.random.default_rng(0).integers(0, 4096, (5, 32))
-    monkeypatch.setattr(module, "BINS", (0, 4, 16, 1 << 30))
-    found = loss_by_position(model, windows, batch=2)
-    x = torch.from_numpy(windows)
-    with torch.no_grad():
-        losses = -model(x).logits[:, :-1].log_softmax(-1).gather(2, x[:, 1:, None])[..., 0]
-    assert list(found) == ["0-3", "4-15", "16-30", "all"]
-    for name, part in (("0-3", losses[:, :4]), ("4-15", losses[:, 4:16]), ("16-30", losses[:, 16:]), ("all", losses)):
-        assert found[name] == pytest.approx(part.mean().item(), abs=1e-3)
+def test_the_card_holds_the_mean_loss_by_position_over_the_held_out_windows(start, corpora, tmp_path, monkeypatch):
+    monkeypatch.setattr("lesslib.evaluate.POSITION_BIN", 16)
+    card = pretrain(start, tmp_path, **SETTINGS)
+    model, tokenizer = load_model(start, "cpu")
+    for name, documents in split(corpora)[1].items():
+        windows = Windows(token_file(tmp_path, name, documents, tokenizer), 32, tokenizer.bos_token_id).inside(4)
+        x = torch.tensor([w.ids for w in windows])
+        with torch.no_grad():
+            losses = -model(x).logits[:, :-1].log_softmax(-1).gather(2, x[:, 1:, None])[..., 0]
+        found = card["heldout_loss_by_position"]["start"][name]
+        assert found["all"] == pytest.approx(losses.mean().item(), abs=1e-3)
+        assert found["by_position"] == pytest.approx([part.mean().item() for part in (losses[:, :16], losses[:, 16:])], abs=1e-3)
 
 
 def test_the_command_line_passes_every_setting(monkeypatch, tmp_path):

@@ -99,7 +99,7 @@ def test_a_changed_notebook_seed_or_data_and_a_lost_result_are_run_again(home, c
     for file in ("one.json", "notebooks/00_one.ipynb"):
         results.write_json(record.home / file, {})
     assert not record.up_to_date(notebook)
-    record.add(notebook, 1.0, [])
+    record.add(notebook)
     assert run.Record("smoke", 0).up_to_date(notebook)
     if change == "notebook":
         write(home, "00_one", VERDICT, "x = 1")
@@ -160,7 +160,7 @@ def test_fresh_forgets_only_the_chosen_notebooks_and_kernels_only_with_their_tra
     results.write_json(record.home / "kernels" / "k.json", {})
     results.write_json(record.home / ".ledger.json", ["squares:a:1", "training_kernels:a:2"])
     for notebook in chosen:
-        record.add(notebook, 1.0, [])
+        record.add(notebook)
     record.forget(chosen[1:])
     assert json.loads((record.home / ".ledger.json").read_text()) == ["training_kernels:a:2"]
     assert set(run.Record("smoke", 0).stamps) == {"02_train"}
@@ -196,8 +196,8 @@ def test_every_problem_is_said_at_once(home, capsys, monkeypatch):
     write(home, "03_four", needs=["02"])
     assert run.main(["--profile", "odd", "--only", "00,01,03", "--only", "77"]) == 2
     printed = capsys.readouterr().err
-    for part in ("--only 77: no such notebook; there are 00, 01, 03", "00_one.ipynb: the parameters cell lacks profile, sets profle;",
-                 "01_two.ipynb: the parameters cell lacks profile, lacks seed;", "profile odd needs 1e+09; free some",
+    for part in ("--only 77: no such notebook; there are 00, 01, 03", "00_one.ipynb: 1 parameters cells set ['profle', 'seed']; tag one",
+                 "01_two.ipynb: 1 parameters cells set []; tag one", "profile odd needs 1e+09; free some",
                  "03_four reads what 02 computes; run --only 02,03", f"LESS_DATA={home / 'nowhere'} is not a folder;",
                  "corpus 'books': books_heldout.jsonl.gz is not in $LESS_DATA", "unknown corpus 'poems'",
                  "model 'no-such': not on this machine", "needs a GPU of 1e+06 GiB"):  # fmt: skip
@@ -225,12 +225,13 @@ def test_a_notebook_has_one_parameters_cell(home, capsys, cells):
         path = run.NOTEBOOKS / "00_one.ipynb"
         path.write_text(path.read_text().replace('"parameters"', '"other"'))
     assert main() == 2
-    assert f"00_one.ipynb: {cells} code cells are tagged parameters; tag one" in capsys.readouterr().err
+    assert f"00_one.ipynb: {cells} parameters cells set {['profile', 'seed'] * (cells > 0)}; tag one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--profil", "tiny"], "unknown argument --profil"), (["--fresh", "--from-results"], "--from-results does not"),
+    [(["--profil", "tiny"], "unknown argument --profil"),
+     (["--fresh", "--from-results"], "argument --from-results: not allowed with argument --fresh"),
      (["--refresh", "--seed", "1"], "--refresh takes the notebooks' own seed")],
 )  # fmt: skip
 def test_arguments_that_make_no_sense_are_refused(capsys, arguments, message):
@@ -287,9 +288,10 @@ def test_refresh_writes_outputs_back_the_same_bytes_each_time(home):
 def test_list_shows_number_title_paper_item_state_and_time(home, capsys, monkeypatch):
     write(home, "00_one", title="First")
     write(home, "01_two", title="Second (Table 2, Figure 3)")
-    record = run.Record("smoke", 0)
+    record, notebook = run.Record("smoke", 0), run.Notebook(run.NOTEBOOKS / "01_two.ipynb")
     results.write_json(record.home / "notebooks/01_two.ipynb", {})
-    record.add(run.Notebook(run.NOTEBOOKS / "01_two.ipynb"), 90.0, [])
+    notebook.seconds = 90.0
+    record.add(notebook)
     monkeypatch.setattr(run, "execute", never)
     assert main("--list") == 0
     first, second = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
@@ -301,8 +303,7 @@ def test_progress_is_told_in_words(home, capsys, monkeypatch):
     monkeypatch.setattr(run, "QUIET_SECONDS", 0.02)
     file = home / "progress.json"
     with run.watching("[1/5] 03 Tables", file):
-        state = {"name": "tables", "done": 3, "total": 8, "seconds_left": 150.0, "inside": "windows", "inside_points": [2, 4]}
-        results.write_json(file, state)
+        results.write_json(file, ["tables 3/8", "windows 2/4", "about 2.5 min left"])
         time.sleep(0.3)
     printed = capsys.readouterr().out
     assert printed.startswith("[1/5] 03 Tables · 0 s")

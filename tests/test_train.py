@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lesslib.hf import attention_modules, model_shape, output_projection
 from lesslib.kernels import Kernels
 from lesslib.parallel import dense_attention, evict, recover
 from lesslib.profiles import get_profile
-from lesslib.train import LayerTrainer, Recipe, capture_layers, train
+from lesslib.train import LayerTrainer, Recipe, capture_layers, features, train
 
 RECIPE = Recipe(kernel_size=4, hidden=8, epochs=2, halve_every=1, lr=3e-3, dropout=0.3, batch=2)
 POLICY = H2O(heavy=3, recent=3)
@@ -53,21 +54,37 @@ def test_capture_beyond_memory_without_a_folder_names_the_fix(model, windows):
         capture_layers(model, windows, [0], memory_gib=1e-9)
 
 
-def test_loss_is_the_squared_error_after_the_output_projection_past_the_budget(model, windows):
-    trainer = trainer_of(model, windows)
-    kernels = Kernels.new(model_shape(model), 4, 8, seed=3)[1].eval()
-    rows = torch.tensor([0, 3])
-    out, target = trainer.output(kernels, rows)
-    by_hand = []
-    for b in range(2):
-        for t in range(POLICY.budget, 40):
-            difference = (out - target)[b, :, t].flatten()  # heads side by side, as o_proj takes them
-            by_hand.append((trainer.projection @ difference).square().mean())
-    assert torch.allclose(trainer.error(out, target), torch.stack(by_hand).mean(), rtol=1e-5)
-    d = trainer.data
-    sparse = evict(POLICY, d.q.float(), d.k.float(), d.v.float(), scaling=d.scaling).sparse
-    validation = trainer.error(sparse[4:], d.out[4:].float())
-    assert trainer.sparse_error["validation"] == pytest.approx(validation.item(), rel=1e-2)
+def test_outputs_and_loss_are_those_of_the_whole_sequence_form_past_the_budget(model, windows):
+    """Against `recover` and W_O one position at a time, on the captured q, k, v in order of position; gradients too."""
+    data, projection = capture_layers(model, windows, [1])[1], output_projection(attention_modules(model)[1]).weight.detach()
+    q, k, v, target = (x.float().clone() for x in (data.q, data.k, data.v, data.out))  # the trainer reorders k and v
+    trainer, layer = LayerTrainer(data, POLICY, projection, validation=2, batch=4), Kernels.new(model_shape(model), 4, 8, seed=3)[1].eval()
+    torch.nn.init.constant_(layer.s1, 1.0)  # away from the start, where LESS is eviction alone
+    evicted, rows, past = evict(POLICY, q, k, v, scaling=data.scaling), torch.tensor([0, 3]), range(POLICY.budget + 1, 40)
+    expected = recover(evicted, layer.phi(q), layer.psi(k), v)[rows]
+    out = trainer.output(layer, rows)
+    assert (out - expected[:, :, past]).norm() < 1e-3 * expected.norm()  # what is kept of `sparse` is in half precision
+    assert (expected - evicted.sparse[rows]).abs().max() > 0.1
+    by_hand = [(projection @ (expected - target[rows])[b, :, t].flatten()).square().mean() for b in range(2) for t in past]
+    loss = trainer.error(out, trainer.target(rows))
+    torch.testing.assert_close(loss, torch.stack(by_hand).mean(), rtol=1e-3, atol=0)
+    wanted = torch.autograd.grad(torch.stack(by_hand).mean(), tuple(layer.parameters()))
+    for got, want in zip(torch.autograd.grad(loss, tuple(layer.parameters())), wanted, strict=True):
+        assert (got - want).norm() < 1e-2 * want.norm()
+    with torch.no_grad():
+        plus = evict(POLICY.plus(4), q, k, v, scaling=data.scaling).sparse
+        for found, out in ((trainer.sparse_error["validation"], evicted.sparse), (trainer.plus_error, plus)):
+            error = trainer.error(out[4:, :, past], target[4:, :, past])
+            assert found == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_features_in_half_precision_change_training_little_and_scoring_not_at_all():
+    layer, (q, k) = Kernels.new({"layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8}, 4, 16, dropout=0.0)[0], torch.randn(2, 1, 2, 30, 8)
+    exact = layer.phi(q), layer.psi(k)
+    for training_it in (False, True):
+        for got, want in zip(features(layer.train(training_it), q, k), exact, strict=True):
+            assert torch.equal(got, want) != training_it
+            assert (got - want).norm() < 0.02 * want.norm()
 
 
 def test_untrained_kernels_are_the_sparse_policy_and_training_helps(model, windows):
@@ -84,11 +101,11 @@ def test_interrupted_training_resumes_by_layer_and_ends_the_same(model, windows,
     whole, _ = train(model, POLICY, windows, RECIPE, tmp_path / "whole.safetensors", {}, validation=2)
     fit, calls = LayerTrainer.fit, []
 
-    def interrupted(self, kernels, recipe, label="kernels"):
+    def interrupted(self, kernels, recipe, label, tick):
         calls.append(label)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return fit(self, kernels, recipe, label)
+        return fit(self, kernels, recipe, label, tick)
 
     path = tmp_path / "kernels.safetensors"
     monkeypatch.setattr(LayerTrainer, "fit", interrupted)
@@ -104,6 +121,35 @@ def test_interrupted_training_resumes_by_layer_and_ends_the_same(model, windows,
     loaded = Kernels.load(path)
     assert loaded.header["recipe"]["epochs"] == 2
     assert loaded.header["budget"] == 6
+
+
+def test_layers_that_train_at_the_same_time_do_not_disturb_each_other(model, windows, tmp_path):
+    """With dropout, whose random numbers are each layer's own."""
+    threads, found = torch.get_num_threads(), []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        try:
+            found.append(train(model, POLICY, windows, RECIPE, tmp_path / f"{n}.safetensors", {}, validation=2)[0])
+            assert torch.get_num_threads() == n
+        finally:
+            torch.set_num_threads(threads)
+    for (name, a), b in zip(found[0].state_dict().items(), found[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_layer_that_fails_stops_the_others(model, windows, tmp_path, monkeypatch):
+    fit, epochs = LayerTrainer.fit, []
+
+    def fails(self, kernels, recipe, label, tick):
+        if label.endswith("layer 0"):
+            raise FloatingPointError("the loss is nan")
+        return fit(self, kernels, recipe, label, lambda: (epochs.append(label), tick()))
+
+    monkeypatch.setattr(LayerTrainer, "fit", fails)
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        train(model, POLICY, windows, replace(RECIPE, epochs=200), tmp_path / "k.safetensors", {}, validation=2)
+    assert len(epochs) < 190
+    assert not (tmp_path / "k.safetensors").exists()
 
 
 def test_a_part_of_another_recipe_is_not_reused_and_a_damaged_one_is_named(model, windows, tmp_path):

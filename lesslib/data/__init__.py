@@ -73,11 +73,14 @@ def _topics(heldout: bool) -> Iterator[Document]:
 
 
 def _rows(path: Path) -> Iterator[Document]:
-    """The lines of a .txt.gz, or the {"title", "text"} of a .jsonl.gz. Raises ValueError for a line that is neither."""
+    """The articles of a .txt.gz, or the {"title", "text"} lines of a .jsonl.gz. Raises ValueError for a line that is not one."""
     with gzip.open(path, "rt", encoding="utf-8") as f:
+        if path.name.endswith(".txt.gz"):
+            yield from _articles(f)
+            return
         for number, line in enumerate(f, 1):
             try:
-                row = {"text": line} if path.name.endswith(".txt.gz") else json.loads(line)
+                row = json.loads(line)
                 if not isinstance(row["text"], str):
                     raise TypeError("its text is not a string")
             except (ValueError, KeyError, TypeError) as e:
@@ -92,30 +95,21 @@ def _hub(repo: str, subset: str | None, split: str, limit: int | None = None) ->
         yield Document(row.get("title") or row.get("short_book_title") or f"{repo}:{i}", row["text"])
 
 
-def _articles(lines: Iterable[Document]) -> Iterator[Document]:
+def _articles(lines: Iterable[str]) -> Iterator[Document]:
     """WikiText: articles begin at ` = Title = `."""
-    for part in re.split(r"(?m)^(?= = [^=].* = $)", "".join(d.text for d in lines)):
+    for part in re.split(r"(?m)^(?= = [^=].* = $)", "".join(lines)):
         yield Document(part.strip().split("\n")[0].strip(" ="), part.strip() + "\n")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file of $LESS_DATA, what stands in for it on the hub, and how its rows are cut into documents; or what the package carries."""
-
-    file: str = ""
-    hub: Callable[[], Iterable[Document]] = tuple
-    cut: Callable[[Iterable[Document]], Iterable[Document]] = tuple
-    carried: Callable[[], Iterable[Document]] | None = None
-
-
-SOURCES: dict[str, Source] = {
-    "topics-train": Source(carried=lambda: _topics(heldout=False)),
-    "topics-heldout": Source(carried=lambda: _topics(heldout=True)),
-    "wikitext2": Source("wikitext2_raw_test.txt.gz", lambda: _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), cut=_articles),
-    "books": Source("books_heldout.jsonl.gz", lambda: _hub("emozilla/pg19", None, "test")),
-    "c4": Source("c4.jsonl.gz", lambda: _hub("allenai/c4", "en", "train", limit=20_000)),
-    "wikipedia": Source("wikipedia.jsonl.gz", lambda: _hub("wikimedia/wikipedia", "20231101.en", "train", limit=20_000)),
-    "novels": Source("novels.jsonl.gz", lambda: _hub("emozilla/pg19", None, "train", limit=200)),
+# by name: a file of $LESS_DATA, and what stands in for it on the hub; or no file, and what the package carries
+SOURCES: dict[str, tuple[str, Callable[[], Iterable[Document]]]] = {
+    "topics-train": ("", lambda: _topics(heldout=False)),
+    "topics-heldout": ("", lambda: _topics(heldout=True)),
+    "wikitext2": ("wikitext2_raw_test.txt.gz", lambda: _articles(d.text for d in _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "test"))),
+    "books": ("books_heldout.jsonl.gz", lambda: _hub("emozilla/pg19", None, "test")),
+    "c4": ("c4.jsonl.gz", lambda: _hub("allenai/c4", "en", "train", limit=20_000)),
+    "wikipedia": ("wikipedia.jsonl.gz", lambda: _hub("wikimedia/wikipedia", "20231101.en", "train", limit=20_000)),
+    "novels": ("novels.jsonl.gz", lambda: _hub("emozilla/pg19", None, "train", limit=200)),
 }
 
 
@@ -134,11 +128,11 @@ def missing(name: str) -> str | None:
     """Why corpus `name` cannot be read here, with the fix; None when it can be (or the hub may be asked)."""
     if name not in SOURCES:
         return f"unknown corpus {name!r}: choose from {', '.join(SOURCES)}"
-    source, folder = SOURCES[name], os.environ.get("LESS_DATA")
-    if folder and not source.carried and not (Path(folder) / source.file).is_file():
-        return f"corpus {name!r}: {source.file} is not in $LESS_DATA={folder}; put it there, or unset LESS_DATA to use the hub"
-    if not (folder or source.carried or hub_reachable()):
-        return f"corpus {name!r}: the hub cannot be reached; set LESS_DATA to a folder with {source.file}, or connect"
+    (file, _), folder = SOURCES[name], os.environ.get("LESS_DATA")
+    if file and folder and not (Path(folder) / file).is_file():
+        return f"corpus {name!r}: {file} is not in $LESS_DATA={folder}; put it there, or unset LESS_DATA to use the hub"
+    if file and not folder and not hub_reachable():
+        return f"corpus {name!r}: the hub cannot be reached; set LESS_DATA to a folder with {file}, or connect"
     return None
 
 
@@ -146,25 +140,25 @@ def load_corpus(name: str) -> Corpus:
     """Corpus `name`. ValueError for an unknown name or a damaged or empty file, FileNotFoundError where the text is not to be had."""
     if why := missing(name):
         raise (FileNotFoundError if name in SOURCES else ValueError)(why)
-    source, folder = SOURCES[name], os.environ.get("LESS_DATA")
-    if source.carried:
-        return Corpus(name, "carried", tuple(source.carried()))
-    path = Path(folder or "") / source.file
+    (file, stand_in), folder = SOURCES[name], os.environ.get("LESS_DATA")
+    if not file:
+        return Corpus(name, "carried", tuple(stand_in()))
+    path = Path(folder or "") / file
     try:
-        found = tuple(d for d in source.cut(_rows(path) if folder else source.hub()) if d.text.strip())
+        found = tuple(d for d in (_rows(path) if folder else stand_in()) if d.text.strip())
     except Exception as e:  # of gzip, zlib, UTF-8 or JSON; or of the hub's clients
         if folder:
             raise ValueError(f"corpus {name!r}: {path} is damaged ({e}); copy it again, or unset LESS_DATA to use the hub") from e
-        raise FileNotFoundError(f"corpus {name!r}: the hub failed ({e!r}); set LESS_DATA to a folder with {source.file}") from e
+        raise FileNotFoundError(f"corpus {name!r}: the hub failed ({e!r}); set LESS_DATA to a folder with {file}") from e
     if not found:
         raise ValueError(f"corpus {name!r}: {path if folder else 'the hub'} holds no text; put a whole copy there")
     return Corpus(name, "folder" if folder else "hub", found)
 
 
-def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, led by the beginning-of-sequence token when the tokenizer has one."""
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of `text`, led by the beginning-of-sequence token when the tokenizer has one."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [bos + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    return bos + tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def training_windows(corpora: list[Corpus], tokenizer, length: int, count: int, seed: int) -> torch.Tensor:
@@ -172,13 +166,13 @@ def training_windows(corpora: list[Corpus], tokenizer, length: int, count: int, 
 
     Raises ValueError when a text is shorter than one window, or all hold fewer than `count`.
     """
-    share, rows, (bos,) = -(-count // len(corpora)), [], encode(tokenizer, [""])
+    share, rows, bos = -(-count // len(corpora)), [], encode(tokenizer, "")
     step = length - len(bos)
     for corpus in corpora:
         documents, stream = list(corpus.documents), list[int]()
         random.Random(seed).shuffle(documents)
         for d in documents:
-            ids = encode(tokenizer, [d.text])[0]
+            ids = encode(tokenizer, d.text)
             stream += ids if len(stream) % step else ids[len(bos) :]  # a window brings its own first token
             if len(stream) >= share * step:
                 break

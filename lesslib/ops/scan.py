@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from ..policies import block_keys, block_logits, gather_tokens
 
-CHUNK = 64
+CHUNK, SCAN = 64, 16  # queries that look up their kept keys together; arrivals that share a state
 
 
 def sparse_attention(
@@ -54,14 +54,13 @@ def lowrank_attention(phi: Tensor, psi: Tensor, v: Tensor) -> tuple[Tensor, Tens
     Returns the numerator [B, Hq, S, Dv] and the denominator [B, Hq, S]. A chunked scan, O(S R Dv).
     """
     Hkv, S = psi.shape[1:3]
-    phi, psi, v = (pad(x, (0, 0, 0, -S % CHUNK)).unflatten(2, (-1, CHUNK)) for x in (phi, psi, v))
+    denominator = phi.unflatten(1, (Hkv, -1)).mul(psi.cumsum(2)[:, :, None]).sum(-1).flatten(1, 2)
+    phi, psi, v = (pad(x, (0, 0, 0, -S % SCAN)).unflatten(2, (-1, SCAN)) for x in (phi, psi, v))
     phi = phi.unflatten(1, (Hkv, -1))  # [B, Hkv, G, n, chunk, R]
-    v = pad(v, (0, 1), value=1.0)  # a column of ones carries z beside H
-    states = psi.transpose(-1, -2) @ v  # [B, Hkv, n, R, Dv + 1]
-    before = pad(states.cumsum(2)[:, :, :-1], (0, 0, 0, 0, 1, 0))[:, :, None]
-    inside = (phi @ psi.transpose(-1, -2)[:, :, None]).tril() @ v[:, :, None]
-    out = (phi @ before + inside).flatten(3, 4).flatten(1, 2)[:, :, :S]
-    return out[..., :-1], out[..., -1]
+    states = (psi.mT @ v).cumsum(2)  # H after each chunk, [B, Hkv, n, R, Dv]
+    before = pad(states[:, :, :-1], (0, 0, 0, 0, 1, 0))[:, :, None]
+    inside = (phi @ psi.mT[:, :, None]).tril() @ v[:, :, None]
+    return inside.add_(phi @ before).flatten(3, 4).flatten(1, 2)[:, :, :S], denominator
 
 
 def merge(sparse: Tensor, logsumexp: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -74,5 +73,4 @@ def merge(sparse: Tensor, logsumexp: Tensor, numerator: Tensor, denominator: Ten
     safe = denominator.where(some, 1.0)
     logden = safe.log().where(some, -math.inf)
     total = torch.logaddexp(logsumexp, logden)
-    lowrank = torch.where(some[..., None], numerator / safe[..., None], 0.0)
-    return sparse * (logsumexp - total).exp()[..., None] + lowrank * (logden - total).exp()[..., None]
+    return sparse * (logsumexp - total).exp()[..., None] + numerator * ((logden - total).exp() / safe)[..., None]
