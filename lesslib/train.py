@@ -126,8 +126,7 @@ class LayerTrainer:
         N, _, S, _ = data.q.shape
         if not 0 < validation < N:
             raise ValueError(f"{validation} validation sequences of {N}: leave at least one for training and one for validation")
-        if policy.budget is None or policy.budget + 1 >= S:
-            raise ValueError(f"{policy}: windows of {S} tokens never fill the budget: use a smaller budget or longer windows")
+        assert policy.budget is not None
         self.data, self.batch, self.device, self.positions = data, batch, projection.device, S - policy.budget - 1
         past = slice(policy.budget + 1, None)
         self.gram = projection.float().T @ projection.float()  # W_O^T W_O, [Hq * Dv, Hq * Dv]
@@ -237,7 +236,7 @@ def train(
     """
     shape = model_shape(model)
     policy.check(shape["context"])
-    if policy.budget is None or policy.budget >= windows.shape[1]:
+    if policy.budget is None or policy.budget + 1 >= windows.shape[1]:
         raise ValueError(f"{policy}: windows of {windows.shape[1]} tokens never fill the budget: use a smaller budget or longer windows")
     kernels = Kernels.new(shape, recipe.kernel_size, recipe.hidden, recipe.dropout, recipe.seed)
     identity = getattr(model, "less_identity", {})
