@@ -3,7 +3,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .evaluate import gap_closed
+from .evaluate import RECURRENCE, gap_closed
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,21 @@ def shares(points: dict[str, dict]) -> dict[tuple[str, str, str], tuple[str, str
             share, low, high = gap_closed(points[f"{corpus}/Full"], points[f"{corpus}/{cell}/Baseline"], point)
             found[corpus, cell, method] = (f"{share:.1%}", f"{low:.1%} to {high:.1%}")
     return found
+
+
+def by_recurrence(points: dict[str, dict], budget: str) -> list[list[str]]:
+    """Per corpus and kind of token (see `evaluate.RECURRENCE`): its share of the tokens, nats that the Baseline loses on one, its share
+    of all that is lost, and the share of its loss that LESS, trained at `budget`, gives back."""
+    rows = []
+    for corpus in dict.fromkeys(name.split("/")[0] for name in points):
+        methods = ("Full", f"{budget}/Baseline", f"{budget}/LESS ({budget})")
+        full, baseline, less = (points[f"{corpus}/{m}"]["by_recurrence"] for m in methods)
+        lost, tokens = {k: baseline[k][0] - full[k][0] for k in RECURRENCE}, {k: full[k][1] for k in RECURRENCE}
+        for k in RECURRENCE:
+            of_tokens, of_loss = tokens[k] / sum(tokens.values()), lost[k] / sum(lost.values())
+            closed = (baseline[k][0] - less[k][0]) / lost[k]
+            rows.append([corpus, k, f"{of_tokens:.0%}", f"{lost[k] / tokens[k]:.3f}", f"{of_loss:.0%}", f"{closed:.0%}"])
+    return rows
 
 
 def perplexity_table(full: dict, rows: dict[str, dict], method: str, label: str) -> list[Verdict]:

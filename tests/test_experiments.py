@@ -128,3 +128,17 @@ def test_tables_and_orders_for_readers():
     assert text.splitlines() == ["| a | b |", "| --- | --- |", "| x | 1.235 |", "| – | 2 |"]  # noqa: RUF001
     points = {f"c/2%/{m}": {} for m in ("LESS (10%)", "Performer", "LESS (2%)", "Baseline+", "Baseline")}
     assert list(plots.cells({"points": points}, "c/2%")) == ["Baseline", "Baseline+", "Performer", "LESS (2%)", "LESS (10%)"]
+
+
+def test_loss_by_kind_of_token_adds_up():
+    kinds = {
+        "Full": {"new": [30.0, 10], "near": [20.0, 20], "far": [40.0, 10]},
+        "5%/Baseline": {"new": [31.0, 10], "near": [28.0, 20], "far": [51.0, 10]},
+        "5%/LESS (5%)": {"new": [29.5, 10], "near": [30.0, 20], "far": [45.5, 10]},
+    }
+    rows = claims.by_recurrence({f"c/{m}": {"by_recurrence": k} for m, k in kinds.items()}, "5%")
+    assert rows == [
+        ["c", "new", "25%", "0.100", "5%", "150%"],
+        ["c", "near", "50%", "0.400", "40%", "-25%"],
+        ["c", "far", "25%", "1.100", "55%", "50%"],
+    ]
