@@ -91,8 +91,8 @@ def kernel_path(model: str, policy: str, fraction: float, folder: str | os.PathL
 def load_kernels(model: str, policy: str, fraction: float, folder: str | os.PathLike | None = None, seed: int = 0) -> Kernels:
     """The kernels trained for `model` under `policy` at a budget of `fraction` of its context.
 
-    `folder`: see `kernel_path`. Raises FileNotFoundError naming what there is, ValueError for an unknown policy or a damaged file;
-    `less` refuses kernels that were trained for other weights than the model's.
+    `folder`: see `kernel_path`. Raises FileNotFoundError naming what there is, ValueError for an unknown policy, a damaged file
+    or kernels of other weights than the carried model's.
     """
     policy = get_policy(policy).name
     path = kernel_path(model, policy, fraction, folder, seed)
@@ -100,4 +100,8 @@ def load_kernels(model: str, policy: str, fraction: float, folder: str | os.Path
         have = sorted(p.stem for p in path.parent.glob("*.safetensors"))
         train = f"train them with python -m lesslib.train --model {model} --policy {policy} --fraction {fraction:g}"
         raise FileNotFoundError(f"no kernels {path.stem} for {model!r} in {path.parent}: there are {', '.join(have) or 'none'}; {train}")
-    return Kernels.load(path)
+    kernels = Kernels.load(path)
+    made_for, revision = kernels.header.get("revision"), _revision(ASSETS / model)
+    if model in carried_models() and made_for != revision:
+        raise ValueError(f"{path.name} was trained for revision {made_for} of {model!r}, the package carries {revision}: train again")
+    return kernels

@@ -67,6 +67,8 @@ def test_outputs_and_loss_are_those_of_the_whole_sequence_form_past_the_budget(m
     assert (expected - evicted.sparse[rows]).abs().max() > 0.1
     by_hand = [(projection @ (expected - target[rows])[b, :, t].flatten()).square().mean() for b in range(2) for t in past]
     loss = trainer.error(out, trainer.target(rows))
+    difference = (out - trainer.target(rows)).transpose(1, 2).flatten(2)  # heads side by side, as o_proj takes them
+    torch.testing.assert_close(loss, (difference @ projection.T).square().mean(), rtol=1e-5, atol=0)
     torch.testing.assert_close(loss, torch.stack(by_hand).mean(), rtol=1e-3, atol=0)
     wanted = torch.autograd.grad(torch.stack(by_hand).mean(), tuple(layer.parameters()))
     for got, want in zip(torch.autograd.grad(loss, tuple(layer.parameters())), wanted, strict=True):
@@ -79,6 +81,7 @@ def test_outputs_and_loss_are_those_of_the_whole_sequence_form_past_the_budget(m
 
 
 def test_features_in_half_precision_change_training_little_and_scoring_not_at_all():
+    torch.manual_seed(0)
     layer, (q, k) = Kernels.new({"layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8}, 4, 16, dropout=0.0)[0], torch.randn(2, 1, 2, 30, 8)
     exact = layer.phi(q), layer.psi(k)
     for training_it in (False, True):
