@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.models.falcon import modeling_falcon as falcon
 
 from .kernels import Kernels
 from .parallel import dense_attention, less_attention
@@ -17,7 +18,7 @@ from .policies import Policy
 # (layer index, q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], real [B, S] or None, scaling) -> [B, Hq, S, Dv]
 Attention = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
-WORKS = "decoders on transformers' attention interface, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, GPT-NeoX and OLMo 2"
+WORKS = "decoders on transformers' attention interface, such as Llama, Mistral, Qwen2, Qwen3, Gemma, Phi-3, GPT-NeoX and OLMo 2, and with Falcon"
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
@@ -52,13 +53,30 @@ def _mask(*, q_length, kv_length, mask_function=causal_mask_function, attention_
     return None if attention_mask is None else attention_mask[:, -q_length:].bool()
 
 
+class FalconLessAttention(falcon.FalconAttention):
+    """Falcon's attention through `_attention`, as its own class does not use the attention interface; heads are split by group."""
+
+    def forward(self, hidden_states, alibi, attention_mask, layer_past=None, position_embeddings=None, **kwargs):
+        if alibi is not None:
+            raise NotImplementedError("Falcon with alibi is not implemented: use a Falcon with rotary positions (alibi=False), such as 7B or 40B")
+        fused = self.query_key_value(hidden_states).unflatten(-1, (self.num_kv_heads, -1, self.head_dim))
+        q, k, v = (x.transpose(1, 2) for x in (fused[..., :-2, :].flatten(2, 3), fused[..., -2, :], fused[..., -1, :]))
+        q, k = falcon.apply_rotary_pos_emb(q, k, *position_embeddings)
+        if layer_past is not None:
+            k, v = layer_past.update(k, v, self.layer_idx)
+        out, weights = _attention(self, q, k, v, attention_mask, scaling=self.head_dim**-0.5, **kwargs)
+        return self.dense(out.flatten(2)), weights
+
+
+falcon.FALCON_ATTENTION_CLASSES["less"] = FalconLessAttention
 AttentionInterface.register("less", _attention)
 AttentionMaskInterface.register("less", _mask)
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The model's causal attention modules by layer index. Raises TypeError for a model outside the attention interface."""
-    fits = isinstance(model, PreTrainedModel) and model._can_set_attn_implementation() and not model.config.is_encoder_decoder
+    fits = isinstance(model, PreTrainedModel) and not model.config.is_encoder_decoder
+    fits = fits and (model._can_set_attn_implementation() or isinstance(model, falcon.FalconPreTrainedModel))
     causal = [module for module in model.modules() if getattr(module, "is_causal", False)] if fits else []
     found = {i: module for module in causal if isinstance(i := getattr(module, "layer_idx", None), int)}
     if not found:
@@ -78,7 +96,10 @@ def model_shape(model: PreTrainedModel) -> dict[str, int]:
     """`layers`, `heads`, `kv_heads`, `head_dim` and `context` of a model."""
     c = model.config.get_text_config(decoder=True)
     heads = c.num_attention_heads
-    kv_heads, head_dim = getattr(c, "num_key_value_heads", None) or heads, getattr(c, "head_dim", None) or c.hidden_size // heads
+    kv_heads = getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None) or heads
+    if getattr(c, "multi_query", False) and not c.new_decoder_architecture:  # Falcon 7B
+        kv_heads = 1
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
     context = c.max_position_embeddings
     return {"layers": c.num_hidden_layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "context": context}
 
@@ -96,12 +117,22 @@ def replace_attention(model: PreTrainedModel, attention: Attention) -> Iterator[
     try:
         for module in modules.values():
             vars(module)["less_attention"] = attention
-        model.set_attn_implementation("less")
+        _set_implementation(model, modules, "less")
         yield model
     finally:
-        model.set_attn_implementation(before)
+        _set_implementation(model, modules, before)
         for module in modules.values():
             del module.less_attention
+
+
+def _set_implementation(model: PreTrainedModel, modules: dict[int, nn.Module], name: str) -> None:
+    """`model.set_attn_implementation`, which Falcon lacks: its modules take the class in its registry, which has the same weights."""
+    if isinstance(model, falcon.FalconPreTrainedModel):
+        model.config._attn_implementation = name
+        for module in modules.values():
+            module.__class__ = falcon.FALCON_ATTENTION_CLASSES[name]
+    else:
+        model.set_attn_implementation(name)
 
 
 @contextlib.contextmanager

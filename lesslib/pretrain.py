@@ -8,14 +8,43 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Corpus, Document, encode, load_corpus
 from .evaluate import Window, perplexity
-from .models import keep_memory, load_model
+from .hf import replace_attention
+from .models import autocast, keep_memory, load_model
+from .parallel import dense_attention
 from .results import read_torch, write_json, write_torch
 
 MIX = {"wikipedia": 0.57, "novels": 0.38, "topics-train": 0.05}
 HELD_OUT = {"wikipedia": 100, "novels": 3}  # documents never trained on, after a shuffle with seed 0
+
+
+def new_falcon(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A small Falcon 7B (multi-query, parallel block, rotary) with pico-llama's tokenizer, and begun from what of it fits.
+
+    That is the token embeddings, the norms and the attention, whose key and value heads are averaged (Ainslie et al., 2023); the MLPs are new.
+    """
+    llama, tokenizer = load_model("pico-llama", "cpu")
+    c = llama.config
+    torch.manual_seed(seed)
+    falcon = FalconForCausalLM(FalconConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+        max_position_embeddings=c.max_position_embeddings, multi_query=True, parallel_attn=True, bias=False, alibi=False,
+        bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
+    ))  # fmt: skip
+    falcon.get_input_embeddings().load_state_dict(llama.get_input_embeddings().state_dict())
+    pairs = [(falcon.transformer.ln_f, llama.model.norm)]
+    for mine, its in zip(falcon.transformer.h, llama.model.layers, strict=True):
+        a = its.self_attn
+        one_head = [projection.weight.unflatten(0, (c.num_attention_heads, -1)).mean(0) for projection in (a.k_proj, a.v_proj)]
+        mine.self_attention.query_key_value.weight.data.copy_(torch.cat([a.q_proj.weight, *one_head]))
+        mine.self_attention.dense.weight.data.copy_(a.o_proj.weight)
+        pairs.append((mine.input_layernorm, its.input_layernorm))
+    for norm, other in pairs:
+        norm.weight.data.copy_(other.weight)
+    return falcon.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def split(corpora: dict[str, Corpus]) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
@@ -67,12 +96,12 @@ class Windows:
 def pretrain(
     start: str, out: Path, minutes: float, tokens: int, batch: int, lr: float, seed: int, windows: int, save_every: float = 240
 ) -> dict:
-    """Continue `start` (a carried model, a folder or a hub name) into `out`; returns the model card written beside the weights.
+    """Continue `start` (a carried model, a folder, a hub name, or "new-falcon") into `out`; returns the model card written beside the weights.
 
     A second call resumes at the last checkpoint; on CPU with the same weights as an uninterrupted run that the limit on tokens ends.
     Raises ValueError for a checkpoint that is damaged or of other settings, FloatingPointError for a loss that is not finite.
     """
-    model, tokenizer = load_model(start, dtype=torch.float32)
+    model, tokenizer = new_falcon(seed) if start == "new-falcon" else load_model(start, dtype=torch.float32)
     length, corpora = model.config.max_position_embeddings, {name: load_corpus(name) for name in MIX}
     train, held = ({n: Windows(token_file(out, n, d, tokenizer), length, tokenizer.bos_token_id) for n, d in part.items()}
                    for part in split(corpora))  # fmt: skip
@@ -96,31 +125,32 @@ def pretrain(
 
     model.train()
     saved, begun = time.time(), time.time() - spent
-    while True:
-        now, seen = time.time(), step * batch * length
-        done = max(seen / tokens, (now - begun) / (60 * minutes)) if step else 0.0
-        if done >= 1 or (step > 0 and now - saved > save_every):
-            state = {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            write_torch(checkpoint, state | {"step": step, "spent": now - begun})
-            saved = now
-        if done >= 1:
-            break
-        for g in optimizer.param_groups:
-            g["lr"] = lr * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * (1 - done))
-        rng = np.random.default_rng((seed, step))  # by step, so that a resumed run draws what an uninterrupted one would
-        texts = [train[n] for n in rng.choice(list(MIX), size=batch, p=list(MIX.values()))]
-        x = torch.from_numpy(np.stack([t.at(int(rng.integers(len(t.tokens)))) for t in texts])).to(model.device)
-        with torch.autocast(model.device.type, dtype=torch.bfloat16):
-            loss = model(input_ids=x, labels=x, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            if not loss.isfinite():
-                raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower --lr from {lr:g}")
-            print(f"{now - begun:.0f} s, step {step}, {seen / 1e6:.2f}M tokens, loss {loss.item():.3f}, {done:.0%} done", flush=True)
-        step += 1
+    with replace_attention(model, lambda layer, q, k, v, real, scaling: dense_attention(q, k, v, real, scaling)):  # Falcon's own is slow
+        while True:
+            now, seen = time.time(), step * batch * length
+            done = max(seen / tokens, (now - begun) / (60 * minutes)) if step else 0.0
+            if done >= 1 or (step > 0 and now - saved > save_every):
+                state = {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                write_torch(checkpoint, state | {"step": step, "spent": now - begun})
+                saved = now
+            if done >= 1:
+                break
+            for g in optimizer.param_groups:
+                g["lr"] = lr * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * (1 - done))
+            rng = np.random.default_rng((seed, step))  # by step, so that a resumed run draws what an uninterrupted one would
+            texts = [train[n] for n in rng.choice(list(MIX), size=batch, p=list(MIX.values()))]
+            x = torch.from_numpy(np.stack([t.at(int(rng.integers(len(t.tokens)))) for t in texts])).to(model.device)
+            with autocast(model.device):
+                loss = model(input_ids=x, labels=x, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 50 == 0:
+                if not loss.isfinite():
+                    raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower --lr from {lr:g}")
+                print(f"{now - begun:.0f} s, step {step}, {seen / 1e6:.2f}M tokens, loss {loss.item():.3f}, {done:.0%} done", flush=True)
+            step += 1
 
     model.eval().half().save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
@@ -141,7 +171,7 @@ def pretrain(
 
 def main() -> None:
     p = argparse.ArgumentParser("python -m lesslib.pretrain", None, __doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--start", required=True, help="model to continue: a carried one, a folder or a hub name")
+    p.add_argument("--start", required=True, help="model to continue: a carried one, a folder, a hub name, or new-falcon for `new_falcon`")
     p.add_argument("--out", type=Path, required=True, help="folder for token files, the checkpoint and the final model/")
     p.add_argument("--minutes", type=float, default=60.0, help="end the run and the learning-rate decay after this wall time (or inf)")
     p.add_argument("--tokens", type=int, default=100_000_000, help="or after this many tokens, whichever comes first")

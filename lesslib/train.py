@@ -27,7 +27,7 @@ from . import __version__
 from .data import load_corpus, training_windows
 from .hf import attention_modules, capture, model_shape, output_projection
 from .kernels import Kernels, LayerKernels
-from .models import keep_memory, kernel_path, load_model
+from .models import autocast, keep_memory, kernel_path, load_model
 from .ops.scan import arrivals, lowrank_attention, merge
 from .parallel import evict
 from .policies import Policy, gather_tokens, get_policy, one_thread
@@ -109,8 +109,8 @@ def capture_layers(
 
 
 def features(kernels: LayerKernels, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """phi(q) and psi(k) in float32; while training their matmuls run in bfloat16, which halves the largest tensors of a step."""
-    with torch.autocast(q.device.type, torch.bfloat16, enabled=kernels.training):
+    """phi(q) and psi(k) in float32; while training their matmuls run under `autocast`, which halves the largest tensors of a step."""
+    with autocast(q.device, kernels.training):
         phi, psi = kernels.phi(q), kernels.psi(k)
     return phi.float(), psi.float()
 
