@@ -1,6 +1,6 @@
 """LESS (Dong et al., ICML 2024): a low-rank state that keeps what a KV cache evicts.
 
-    from lesslib import H2O, Lambda, TOVA, Full, less
+    from lesslib import H2O, Lambda, TOVA, Full, LessCache, less
 
 The names are loaded when first used, so that `python -m lesslib.run` answers without importing torch.
 """
@@ -10,14 +10,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .cache import LessCache
     from .hf import less
     from .policies import H2O, TOVA, Full, Lambda
 
 __version__ = "0.1.0"
-__all__ = ["H2O", "TOVA", "Full", "Lambda", "__version__", "less"]
+__all__ = ["H2O", "TOVA", "Full", "Lambda", "LessCache", "__version__", "less"]
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'lesslib' has no attribute {name!r}")
-    return getattr(importlib.import_module(".hf" if name == "less" else ".policies", __name__), name)
+    return getattr(importlib.import_module({"less": ".hf", "LessCache": ".cache"}.get(name, ".policies"), __name__), name)

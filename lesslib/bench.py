@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .data import load_corpus, training_windows
-from .hf import attention_modules, model_shape, output_projection
+from .hf import attention_modules, output_projection
 from .kernels import Kernels, LayerKernels
-from .models import keep_memory, load_model
+from .models import keep_memory, load_model, model_shape
 from .policies import H2O, budget_of
 from .train import LayerTrainer, Recipe, capture_layers, features, layer_pool
 

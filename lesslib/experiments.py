@@ -13,9 +13,9 @@ from torch import Tensor
 from .bench import SCHEMES, measure
 from .data import load_corpus, training_windows
 from .evaluate import Window, evaluation_windows, perplexity
-from .hf import attention_modules, less, model_shape, output_projection, replace_attention
+from .hf import attention_modules, less, output_projection, replace_attention
 from .kernels import Kernels
-from .models import kernel_path, load_kernels, load_model
+from .models import kernel_path, load_kernels, load_model, model_shape
 from .policies import Full, Policy, budget_of, get_policy
 from .profiles import get_profile
 from .results import results_dir, sweep

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .data import hub_reachable
 from .kernels import Kernels
-from .policies import get_policy
+from .policies import Policy, get_policy
 
 ASSETS = Path(__file__).parent / "assets"
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
@@ -26,7 +26,7 @@ def keep_memory() -> bool:
 
 
 def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:
-    """bfloat16 matmuls where the machine has them: on GPUs and on CPUs with AVX-512. Other CPUs take over 100 times as long as in float32."""
+    """bfloat16 matmuls where they are quick: on GPUs and on CPUs with AVX-512. Other CPUs take over 100 times as long as in float32."""
     quick = device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and quick)
 
@@ -86,6 +86,30 @@ def load_model(
     revision = _revision(folder) if local else str(getattr(model.config, "_commit_hash", None))
     model.less_identity = {"model": folder.absolute().name if local else name, "revision": revision}
     return model.to(device).eval(), tokenizer
+
+
+def model_shape(model: PreTrainedModel) -> dict[str, int]:
+    """`layers`, `heads`, `kv_heads`, `head_dim` and `context` of a model."""
+    c = model.config.get_text_config(decoder=True)
+    heads = c.num_attention_heads
+    kv_heads = getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None) or heads
+    if getattr(c, "multi_query", False) and not c.new_decoder_architecture:  # Falcon 7B
+        kv_heads = 1
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
+    context = c.max_position_embeddings
+    return {"layers": c.num_hidden_layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "context": context}
+
+
+def check_fit(model: PreTrainedModel, policy: Policy, kernels: Kernels | None) -> None:
+    """Raises ValueError or TypeError where policy, kernels and model do not fit; else moves the kernels to its device, to evaluate."""
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy is a {type(policy).__name__}; pass Full(), H2O(...), Lambda(...) or TOVA(...)")
+    if not (kernels is None or isinstance(kernels, Kernels)):
+        raise TypeError(f"kernels is a {type(kernels).__name__}; pass what lesslib.models.load_kernels gives, or None for the policy alone")
+    policy.check(model_shape(model)["context"])
+    if kernels is not None:
+        kernels.check(model_shape(model), getattr(model, "less_identity", None))
+        kernels.to(model.device).eval()
 
 
 def kernel_path(model: str, policy: str, fraction: float, folder: str | os.PathLike | None = None, seed: int = 0) -> Path:

@@ -26,6 +26,7 @@ class Policy:
     name: ClassVar[str]
     counts: ClassVar[tuple[str, ...]] = ()
     needs_probabilities: ClassVar[bool] = True
+    sums_queries: ClassVar[bool] = False  # scores add up, so that queries may be observed by the sum of their rows; else by the last row
 
     def __post_init__(self) -> None:
         for what in self.counts:
@@ -114,6 +115,7 @@ class H2O(Policy):
     scores: Literal["cache", "full"] = "cache"
     name: ClassVar[str] = "h2o"
     counts: ClassVar[tuple[str, ...]] = ("heavy", "recent")
+    sums_queries: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +25,15 @@ HELD_OUT = {"wikipedia": 100, "novels": 3}  # documents never trained on, after 
 def new_falcon(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A small Falcon 7B (multi-query, parallel block, rotary) with pico-llama's tokenizer, and begun from what of it fits.
 
-    That is the token embeddings, the norms and the attention, whose key and value heads are averaged (Ainslie et al., 2023); the MLPs are new.
+    Those are the token embeddings, norms and attention, its key and value heads averaged (Ainslie et al., 2023); the MLPs are new.
     """
     llama, tokenizer = load_model("pico-llama", "cpu")
     c = llama.config
     torch.manual_seed(seed)
-    falcon = FalconForCausalLM(FalconConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-        max_position_embeddings=c.max_position_embeddings, multi_query=True, parallel_attn=True, bias=False, alibi=False,
+    falcon: Any = FalconForCausalLM(FalconConfig(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads, max_position_embeddings=c.max_position_embeddings,
+        multi_query=True, parallel_attn=True, bias=False, alibi=False,
         bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
     ))  # fmt: skip
     falcon.get_input_embeddings().load_state_dict(llama.get_input_embeddings().state_dict())
@@ -96,7 +98,7 @@ class Windows:
 def pretrain(
     start: str, out: Path, minutes: float, tokens: int, batch: int, lr: float, seed: int, windows: int, save_every: float = 240
 ) -> dict:
-    """Continue `start` (a carried model, a folder, a hub name, or "new-falcon") into `out`; returns the model card written beside the weights.
+    """Continue `start` (a carried model, a folder, a hub name, "new-falcon") into `out`; returns the model card beside the weights.
 
     A second call resumes at the last checkpoint; on CPU with the same weights as an uninterrupted run that the limit on tokens ends.
     Raises ValueError for a checkpoint that is damaged or of other settings, FloatingPointError for a loss that is not finite.

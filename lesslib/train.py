@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from . import __version__
 from .data import load_corpus, training_windows
-from .hf import attention_modules, capture, model_shape, output_projection
+from .hf import attention_modules, capture, output_projection
 from .kernels import Kernels, LayerKernels
-from .models import autocast, keep_memory, kernel_path, load_model
+from .models import autocast, keep_memory, kernel_path, load_model, model_shape
 from .ops.scan import arrivals, lowrank_attention, merge
 from .parallel import evict
 from .policies import Policy, gather_tokens, get_policy, one_thread

@@ -10,9 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lesslib import H2O, TOVA, Lambda, less
 from lesslib.data import Corpus, Document
 from lesslib.evaluate import POSITION_BIN, Window, evaluation_windows, gap_closed, perplexity
-from lesslib.hf import model_shape
 from lesslib.kernels import Kernels
-from lesslib.models import load_model
+from lesslib.models import load_model, model_shape
 
 
 @pytest.fixture(scope="module")

@@ -4,41 +4,21 @@ import functools
 import pytest
 import torch
 import transformers as tf
+from zoo import CONFIGS, GROUPED, WITH_GPT2, build, kernels_of
 
 from lesslib import H2O, TOVA, Full, Lambda, less
-from lesslib.hf import attention_modules, capture, model_shape, output_projection, replace_attention
+from lesslib.hf import attention_modules, capture, output_projection, replace_attention
 from lesslib.kernels import Kernels
+from lesslib.models import model_shape
 from lesslib.ops.naive import naive_attention
 from lesslib.parallel import dense_attention
 
 S, POLICY = 21, H2O(heavy=2, recent=4)
-SIZES = {
-    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-GROUPED = SIZES | {"num_key_value_heads": 2}
-GPT2 = {"vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
-CONFIGS = {
-    "llama": lambda: tf.LlamaConfig(**SIZES), "llama-grouped": lambda: tf.LlamaConfig(**GROUPED),
-    "mistral": lambda: tf.MistralConfig(**GROUPED), "qwen2": lambda: tf.Qwen2Config(**GROUPED),
-    "qwen3": lambda: tf.Qwen3Config(**GROUPED, head_dim=8),
-    "gemma": lambda: tf.GemmaConfig(**SIZES | {"num_key_value_heads": 1}, head_dim=8), "phi3": lambda: tf.Phi3Config(**GROUPED),
-    "gpt-neox": lambda: tf.GPTNeoXConfig(**SIZES), "olmo2": lambda: tf.Olmo2Config(**GROUPED),
-}  # fmt: skip
-GPT2_ALSO = CONFIGS | {"gpt2": lambda: tf.GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True)}
-
-
-def build(config):
-    torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(config).double().eval()
-    for p in model.parameters():  # initial weights of 0.02 make attention flat
-        p.data.add_(torch.randn_like(p) * (0.5 if p.dim() > 1 else 0.1))
-    return model
 
 
 @pytest.fixture(scope="module")
 def models():
-    return functools.cache(lambda name: build(GPT2_ALSO[name]()))
+    return functools.cache(lambda name: build(WITH_GPT2[name]()))
 
 
 @pytest.fixture
@@ -51,13 +31,6 @@ def ids():
     return torch.randint(3, 61, (2, S), generator=torch.Generator().manual_seed(1))
 
 
-def kernels_of(model, size=1.0):
-    kernels = Kernels.new(model_shape(model), kernel_size=3, hidden=8).double()
-    for layer in kernels.layers:
-        torch.nn.init.constant_(layer.s1, size)  # as if trained: the state must weigh in
-    return kernels
-
-
 def logits(model, ids, **kwargs):
     with torch.no_grad():
         return model(ids, **kwargs).logits
@@ -68,7 +41,7 @@ def close(a, b, atol=1e-10):
 
 
 # ---------------------------------------------------------------- truth, on every architecture
-@pytest.mark.parametrize("name", GPT2_ALSO)
+@pytest.mark.parametrize("name", WITH_GPT2)
 def test_a_budget_of_the_whole_length_gives_stock_logits(name, models, ids):
     model = models(name)
     stock = logits(model, ids)
@@ -79,7 +52,7 @@ def test_a_budget_of_the_whole_length_gives_stock_logits(name, models, ids):
 
 
 @pytest.mark.parametrize("policy", [POLICY, H2O(heavy=2, recent=4, scores="full"), Lambda(recent=4, sinks=2), TOVA(tokens=6)], ids=str)
-@pytest.mark.parametrize("name", GPT2_ALSO)
+@pytest.mark.parametrize("name", WITH_GPT2)
 def test_logits_equal_a_model_whose_attention_is_the_naive_loop(name, policy, models, ids):
     model = models(name)
     kernels = kernels_of(model)
@@ -121,7 +94,7 @@ def test_a_left_padded_row_equals_the_row_alone(name, models, ids):
     close(together[1, pad:], stock[1, pad:])
 
 
-@pytest.mark.parametrize("name", GPT2_ALSO)
+@pytest.mark.parametrize("name", WITH_GPT2)
 def test_capture_hands_over_what_each_layer_attends(name, models, ids):
     model, seen, projected = models(name), {}, {}
     shape, stock = model_shape(model), logits(model, ids)
@@ -224,7 +197,7 @@ def test_our_attention_outside_the_context_is_refused(ids):
 
 # ---------------------------------------------------------------- refusals
 def test_generation_in_parallel_mode_names_the_fix(llama, ids):
-    with less(llama, POLICY), pytest.raises(ValueError, match=r"mode='parallel' scores whole sequences.*generate outside this context"):
+    with less(llama, POLICY), pytest.raises(ValueError, match=r"mode='parallel' scores whole sequences.*generate in `with less"):
         llama.generate(ids, max_new_tokens=3, do_sample=False)
     with less(llama, POLICY):
         cache = llama(ids).past_key_values
@@ -238,8 +211,8 @@ def test_generation_in_parallel_mode_names_the_fix(llama, ids):
     [
         ({"policy": "h2o"}, TypeError, r"policy is a str; pass Full\(\), H2O"),
         ({"policy": H2O}, TypeError, "policy is a type"),
-        ({"policy": None}, TypeError, "policy is a NoneType"),
-        ({"policy": POLICY, "mode": "decode"}, ValueError, "unknown mode 'decode'"),
+        ({"policy": None, "mode": "parallel"}, TypeError, "mode='parallel' needs a policy"),
+        ({"policy": POLICY, "mode": "stream"}, ValueError, "unknown mode 'stream': choose 'parallel' or 'decode'"),
         ({"policy": TOVA(tokens=65)}, ValueError, "65 tokens is above the model's context of 64"),
         ({"policy": POLICY, "kernels": "pico-llama"}, TypeError, "kernels is a str"),
     ],
@@ -272,7 +245,8 @@ def test_models_outside_the_interface_are_refused():
     small = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     pair = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     outside = [
-        tf.FalconForCausalLM(tf.FalconConfig(**small)), tf.BertModel(tf.BertConfig(**small, intermediate_size=16)), torch.nn.Linear(2, 2),
+        tf.BloomForCausalLM(tf.BloomConfig(vocab_size=61, hidden_size=16, n_layer=1, n_head=2)),
+        tf.BertModel(tf.BertConfig(**small, intermediate_size=16)), torch.nn.Linear(2, 2),
         tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)),
         tf.BartForConditionalGeneration(tf.BartConfig(vocab_size=61, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **pair)),
     ]  # fmt: skip

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from lesslib import H2O, less
-from lesslib.hf import model_shape
 from lesslib.kernels import Kernels
-from lesslib.models import ASSETS, carried_models, keep_memory, kernel_path, load_kernels, load_model
+from lesslib.models import ASSETS, carried_models, keep_memory, kernel_path, load_kernels, load_model, model_shape
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lesslib import H2O
 from lesslib import train as training
 from lesslib.bench import stepwise_attention
-from lesslib.hf import attention_modules, model_shape, output_projection
+from lesslib.hf import attention_modules, output_projection
 from lesslib.kernels import Kernels
+from lesslib.models import model_shape
 from lesslib.parallel import dense_attention, evict, recover
 from lesslib.profiles import get_profile
 from lesslib.train import LayerTrainer, Recipe, capture_layers, features, train

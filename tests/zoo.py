@@ -1,0 +1,40 @@
+"""Tiny random models of many architectures, in float64, and kernels for them."""
+import torch
+import transformers as tf
+
+from lesslib.kernels import Kernels
+from lesslib.models import model_shape
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GROUPED = SIZES | {"num_key_value_heads": 2}
+GPT2 = {"vocab_size": 61, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+HYBRID = GROUPED | {"head_dim": 8, "num_hidden_layers": 3, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(**SIZES), "llama-grouped": lambda: tf.LlamaConfig(**GROUPED),
+    "mistral": lambda: tf.MistralConfig(**GROUPED, sliding_window=None), "qwen2": lambda: tf.Qwen2Config(**GROUPED),
+    "qwen3": lambda: tf.Qwen3Config(**GROUPED, head_dim=8),
+    "gemma": lambda: tf.GemmaConfig(**SIZES | {"num_key_value_heads": 1}, head_dim=8), "phi3": lambda: tf.Phi3Config(**GROUPED),
+    "gpt-neox": lambda: tf.GPTNeoXConfig(**SIZES), "olmo2": lambda: tf.Olmo2Config(**GROUPED),
+    "falcon-7b": lambda: tf.FalconConfig(**SIZES, multi_query=True, parallel_attn=True, bias=False, alibi=False),
+    "falcon-40b": lambda: tf.FalconConfig(**SIZES, num_kv_heads=2, new_decoder_architecture=True, bias=False, alibi=False),
+}  # fmt: skip
+WITH_GPT2 = CONFIGS | {"gpt2": lambda: tf.GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True)}
+WITH_HYBRID = WITH_GPT2 | {"gemma3": lambda: tf.Gemma3TextConfig(**HYBRID | {"layer_types": HYBRID["layer_types"][:3]})}
+
+
+def build(config):
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config).double().eval()
+    for p in model.parameters():  # initial weights of 0.02 make attention flat
+        p.data.add_(torch.randn_like(p) * (0.5 if p.dim() > 1 else 0.1))
+    return model
+
+
+def kernels_of(model, size=1.0):
+    kernels = Kernels.new(model_shape(model), kernel_size=3, hidden=8).double()
+    for layer in kernels.layers:
+        torch.nn.init.constant_(layer.s1, size)  # as if trained: the state must weigh in
+    return kernels.eval()
