@@ -1,21 +1,30 @@
-"""Benchmarks that print ratios: `python -m lesslib.bench --help`. Here: seconds and memory of one epoch of kernel training.
+"""Benchmarks that print ratios: `python -m lesslib.bench train` and `python -m lesslib.bench decode`, with --help.
 
-`ours` trains from eviction times, sparse outputs and targets that were computed once. `stepwise`, written from the description of
-the authors' code, rebuilds at every step the dense weights, the policy's mask token by token and the S x S low-rank weights.
+`train`: seconds and memory of one epoch of kernel training. `ours` trains from eviction times, sparse outputs and targets that were
+computed once. `stepwise`, written from the description of the authors' code, rebuilds at every step the dense weights, the policy's
+mask token by token and the S x S low-rank weights.
+
+`decode`: milliseconds per step of models with random weights at contexts of many lengths, for the full cache and for bounded ones; and
+the bytes held and the peak memory of a process that generates many tokens.
 """
 import argparse
+import contextlib
 import ctypes
 import multiprocessing
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache, StoppingCriteria
 
+from .cache import LessCache, cache_bytes
 from .data import load_corpus, training_windows
-from .hf import attention_modules, output_projection
+from .hf import attention_modules, less, output_projection
 from .kernels import Kernels, LayerKernels
 from .models import keep_memory, load_model, model_shape
 from .policies import H2O, budget_of
@@ -122,17 +131,156 @@ def measure(scheme: str, length: int, sequences: int, fraction: float, **recipe)
         return pool.submit(epoch, scheme, length, sequences, fraction, Recipe(**recipe)).result()
 
 
+MODELS: dict[str, dict[str, Any]] = {  # shapes of random models for `decode`
+    "pico": {"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
+    "12x768": {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
+}
+METHODS = ("Full", "Baseline", "Baseline+", "LESS")
+RUN = 4  # steps timed in a row, before the next method or context has its turn: a machine's slow moments then meet all alike
+
+
+def random_model(name: str) -> PreTrainedModel:
+    """A Llama of one of `MODELS`' shapes with random weights, context 32,768, that attends with SDPA."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**MODELS[name], max_position_embeddings=32768)).eval()  # with SDPA, transformers' default
+
+
+def filled_cache(model: PreTrainedModel, method: str, policy: H2O, kernels: Kernels, batch: int, context: int, room: int) -> Any:
+    """The cache of `method` after `context` random tokens, which passed through its attention layers alone.
+
+    The full cache is transformers' StaticCache with `room` for more tokens, the quicker of its full caches on long contexts.
+    """
+    shape, generator = model_shape(model), torch.Generator().manual_seed(context)
+    cache: Any = None
+    if method == "Full":
+        cache = StaticCache(config=model.config, max_cache_len=context + room)
+    else:
+        used = policy.plus(kernels.header["kernel_size"] // 2) if method == "Baseline+" else policy
+        cache = LessCache(model, used, kernels if method == "LESS" else None, prefill="streaming")
+
+    def drawn(heads: int) -> Tensor:
+        return torch.randn(batch, heads, context, shape["head_dim"], generator=generator)
+
+    for i, layer in enumerate(cache.layers):
+        k, v = drawn(shape["kv_heads"]), drawn(shape["kv_heads"])
+        layer.armed = True
+        cache.update(k, v, i)
+        if method != "Full":
+            layer.attend(drawn(shape["heads"]), k, v, None, shape["head_dim"] ** -0.5)
+    return cache
+
+
+@torch.no_grad()
+def decode_times(
+    model: PreTrainedModel, policy: H2O, kernels: Kernels, batch: int, contexts: list[int], steps: int, compiled: bool,
+    methods: tuple[str, ...],
+) -> dict[tuple[str, int], list[float]]:  # fmt: skip
+    """Milliseconds of each of `steps` decode steps, by (method, context), after as many as warm up."""
+    caches = {(m, n): filled_cache(model, m, policy, kernels, batch, n, 2 * steps + RUN) for m in methods for n in contexts}
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in caches}
+    tokens = torch.randint(0, model.config.vocab_size, (batch, 1))
+    calls = {m: torch.compile(model, fullgraph=True) if compiled else model for m in methods}
+    for _ in range(-(-2 * steps // RUN)):
+        for (method, n), cache in caches.items():
+            with contextlib.nullcontext() if method == "Full" else less(model):
+                for _ in range(RUN):
+                    begun = time.perf_counter()
+                    calls[method](tokens, past_key_values=cache)
+                    times[method, n].append(1000 * (time.perf_counter() - begun))
+    return {key: values[len(values) // 2 :] for key, values in times.items()}
+
+
+def print_decode(name: str, policy: H2O, hidden: int, batch: int, contexts: list[int], steps: int, compiled: bool, methods=METHODS) -> None:
+    """A table of medians, each with its ratio to the full cache at that context, and the two ratios that matter."""
+    model = random_model(name)
+    kernels = Kernels.new(model_shape(model), 8, hidden)
+    torch._dynamo.reset()
+    times = decode_times(model, policy, kernels, batch, contexts, steps, compiled, methods)
+    median = {key: statistics.median(values) for key, values in times.items()}
+    how = f"{name}, batch {batch}, budget {policy.budget}, kernels {hidden} wide, {'compiled' if compiled else 'eager'}"
+    print(f"\n{how}: ms per step" + " (times full)" * ("Full" in methods))
+    print(f"{'context':>10}" + "".join(f"{n:>18,}" for n in contexts) + f"{'longest/shortest':>18}")
+    for m in methods:
+        ratios = [f" ({median[m, n] / median['Full', n]:.2f})" if "Full" in methods else "" for n in contexts]
+        cells = [f"{median[m, n]:.2f}{ratio}" for n, ratio in zip(contexts, ratios, strict=True)]
+        flat = max(median[m, n] for n in contexts) / min(median[m, n] for n in contexts)
+        print(f"{m:>10}" + "".join(f"{cell:>18}" for cell in cells) + f"{flat:18.2f}")
+    over = [statistics.median(a / b for a, b in zip(times["LESS", n], times["Baseline+", n], strict=True)) for n in contexts]
+    print(f"LESS / Baseline+ per step: {', '.join(f'{x:.3f}' for x in over)}", flush=True)
+
+
+class _Probe(StoppingCriteria):
+    """Notes the bytes of a cache and the process's peak memory after some numbers of generated tokens."""
+
+    def __init__(self, cache: LessCache, at: list[int]):
+        self.cache, self.at, self.generated = cache, at, 0
+        self.rows: list[tuple[int, int, float | None]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        self.generated += 1
+        if self.generated in self.at:
+            self.rows.append((self.generated, self.cache.nbytes(), peak_memory()))
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def print_memory(policy: H2O, hidden: int, at: list[int]) -> None:
+    """Bytes held and peak memory while a model of pico-llama's shape generates max(at) tokens, beside what a full cache would hold."""
+    model: Any = random_model("pico")
+    kernels = Kernels.new(model_shape(model), 8, hidden)
+    cache = LessCache(model, policy, kernels)
+    probe = _Probe(cache, at)
+    with less(model):
+        model.generate(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache, max_new_tokens=max(at), do_sample=False,
+                       stopping_criteria=[probe], eos_token_id=None, pad_token_id=0)  # fmt: skip
+    formula = cache_bytes(model_shape(model), policy, 8, 1, torch.float32)
+    one = cache.report()["full"] // cache.report()["tokens"]
+    weights = cache.report()["kernels"]
+    print(f"\npico, batch 1, budget {policy.budget}: the formula says {formula:,} bytes; the kernels' weights are {weights:,}")
+    print(f"{'tokens':>10}{'LESS bytes':>14}{'full bytes':>14}{'peak MiB':>12}")
+    for n, held, peak in probe.rows:
+        print(f"{n:10,}{held:14,}{n * one:14,}{peak or 0:12.1f}")
+
+
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser("python -m lesslib.bench", None, __doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens a window")
-    p.add_argument("--sequences", type=int, default=8, help="windows an epoch")
-    p.add_argument("--fraction", type=float, default=0.05, help="H2O's budget as a share of the window")
-    p.add_argument("--hidden", type=int, default=128, help="width of the kernels' hidden layer")
-    p.add_argument("--dropout", type=float, default=0.0, help="on the first pre-activation")
+    p = argparse.ArgumentParser("python -m lesslib.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = p.add_subparsers(dest="which", required=True)
+    t = which.add_parser("train", help="kernel training", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    t.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens a window")
+    t.add_argument("--sequences", type=int, default=8, help="windows an epoch")
+    t.add_argument("--fraction", type=float, default=0.05, help="H2O's budget as a share of the window")
+    t.add_argument("--hidden", type=int, default=128, help="width of the kernels' hidden layer")
+    t.add_argument("--dropout", type=float, default=0.0, help="on the first pre-activation")
+    d = which.add_parser("decode", help="latency and memory of decoding", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    d.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="shapes of random models")
+    d.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows decoded together")
+    d.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384], help="tokens seen before")
+    d.add_argument("--budget", type=int, default=204, help="H2O's slots: 204 is 5%% of Llama 2's context")
+    d.add_argument("--hidden", type=int, nargs="+", default=[512], help="widths of the kernels' hidden layer; the paper's is 512")
+    d.add_argument("--steps", type=int, default=24, help="decode steps timed for each entry, after as many that warm up")
+    d.add_argument("--compiled", nargs="*", choices=MODELS, default=["12x768"], help="models that torch.compile is timed on, without Full")
+    d.add_argument("--generate", type=int, nargs="*", default=[64, 1024, 16384], help="tokens after which bytes and peak memory are read")
     a = p.parse_args(argv)
+    if a.which == "train":
+        print_training(a.lengths, a.sequences, a.fraction, a.hidden, a.dropout)
+        return
+    keep_memory()
+    policy = H2O.from_budget(a.budget)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32")
+    if a.generate:
+        print_memory(policy, a.hidden[0], a.generate)
+    for name in a.models:
+        for hidden in a.hidden:
+            for batch in a.batches:
+                print_decode(name, policy, hidden, batch, a.contexts, a.steps, compiled=False)
+                if name in a.compiled:
+                    print_decode(name, policy, hidden, batch, a.contexts[:1], a.steps, compiled=True, methods=METHODS[1:])
+
+
+def print_training(lengths: list[int], sequences: int, fraction: float, hidden: int, dropout: float) -> None:
+    """A table of `measure` for all schemes, each with its ratio to ours."""
     print(f"{'tokens':>6} {'scheme':>28} {'s/epoch':>9} {'once s':>7} {'peak MiB':>9} {'times slower than ours':>23}")
-    for length in a.lengths:
-        rows = {s: measure(s, length, a.sequences, a.fraction, hidden=a.hidden, dropout=a.dropout) for s in SCHEMES}
+    for length in lengths:
+        rows = {s: measure(s, length, sequences, fraction, hidden=hidden, dropout=dropout) for s in SCHEMES}
         for scheme, r in rows.items():
             slower = r["seconds_epoch"] / rows["ours"]["seconds_epoch"]
             print(f"{length:6d} {scheme:>28} {r['seconds_epoch']:9.3f} {r['seconds_once']:7.2f} {r['peak_mib'] or 0:9.0f} {slower:23.1f}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .results import write_bytes
 
 FORMAT = "less-kernels-1"
+FEW = 32  # tokens
 SCALE_INIT = 1e-4  # of s1 and s2, as in the authors' code
 SHAPE_FIELDS = ("layers", "heads", "kv_heads", "head_dim")
 
@@ -53,12 +54,15 @@ class LayerKernels(nn.Module):
         self.s1, self.s2 = (nn.Parameter(torch.full((kv_heads, 1, kernel_size), SCALE_INIT)) for _ in range(2))
 
     def _mlp(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        # features before tokens, [hidden, S] and [R, S]: with R in the last place a CPU's matmuls take three times as long
-        hidden = w1.mT @ x.to(w1.dtype).mT
+        # Of many tokens, features before tokens, [hidden, S] and [R, S]: with R in the last place a CPU's matmuls take three times as long.
+        # Of a few, as in decoding, it is the transposed weights that do.
+        x, few = x.to(w1.dtype), x.shape[-2] <= FEW
+        hidden = x @ w1 if few else w1.mT @ x.mT
         if self.training and self.dropout:
             kept = torch.empty_like(hidden).bernoulli_(1 - self.dropout, generator=self.generator)
             hidden = hidden * kept / (1 - self.dropout)
-        return F.gelu(w2.mT @ F.gelu(hidden)).mT
+        hidden = F.gelu(hidden)
+        return F.gelu(hidden @ w2) if few else F.gelu(w2.mT @ hidden).mT
 
     def phi(self, q: Tensor) -> Tensor:
         """Features of queries: [B, Hq, S, D] -> [B, Hq, S, R], at least 0."""
