@@ -131,3 +131,33 @@ def training_speed(record: dict) -> list[Verdict]:
     return [Verdict("an epoch takes at least 25 times fewer seconds at 1,024 tokens", ratio[1024] >= 25, numbers),
             Verdict("and the ratio is larger at 2,048", ratio[2048] > ratio[1024], numbers),
             Verdict("peak memory grows linearly: at most 2.2 times per doubling", linear, growth)]  # fmt: skip
+
+
+def generation(record: dict, tokens: int = 512) -> list[Verdict]:
+    """What decoding with a bounded cache must show: flat bytes, fewer than the full cache's, and a prefill that LESS gains from."""
+    points = record["points"]
+    less = next(name.split("/")[1] for name in points if name.startswith("bytes/LESS"))
+    held = {m: dict(points[f"bytes/{m}"]["bytes"]) for m in ("Full", "Baseline", "Baseline+", less)}
+    found = [Verdict("the bytes that LESS holds are the same at every length", len(set(held[less].values())) == 1,
+                     f"{min(held[less].values()):,} to {max(held[less].values()):,} bytes")]  # fmt: skip
+    at = max(t for t in held["Full"] if t <= tokens)
+    found.append(Verdict("LESS holds less than a quarter of the full cache", held[less][at] < held["Full"][at] / 4,
+                         f"{held[less][at]:,} of {held['Full'][at]:,} bytes after {at} tokens"))  # fmt: skip
+    found.append(Verdict("its state costs no more than Baseline+'s tokens (within 2%)", held[less][at] <= 1.02 * held["Baseline+"][at],
+                         f"{held[less][at]:,} against {held['Baseline+'][at]:,} bytes"))  # fmt: skip
+    nats = {name.removeprefix("prefill/"): p["nats"] for name, p in points.items() if name.startswith("prefill/")}
+    lost = {how: nats[f"Baseline/{how}"] - nats["Full/dense"] for how in ("dense", "streaming")}
+    back = {how: (nats[f"Baseline/{how}"] - nats[f"{less}/{how}"]) / lost[how] for how in lost}
+    for how, prompt in (("dense", "a prompt read densely, as the paper's"), ("streaming", "a prompt streamed through the bounded cache")):
+        claim = f"after {prompt}, LESS gives back at least half of what eviction costs"
+        found.append(Verdict(claim, back[how] >= 0.5, f"{back[how]:.1%} of {lost[how]:.3f} nats a token"))
+    return found
+
+
+def multi_query(record: dict, corpora: Iterable[str]) -> list[Verdict]:
+    """Table 2's claims at 5% for Falcon's architecture, by corpus."""
+    found = list[Verdict]()
+    for corpus in corpora:
+        rows = {n.split("/")[-1]: p for n, p in record["points"].items() if n.startswith(f"{corpus}/5%/")}
+        found += perplexity_table(record["points"][f"{corpus}/Full"], rows, "LESS (5%)", f"Falcon, {corpus}, H2O at 5%")
+    return found

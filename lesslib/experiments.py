@@ -1,56 +1,64 @@
 """One function per table or figure: it names its points for a profile and seed, and `results.sweep` computes those that are missing."""
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from .bench import SCHEMES, measure
+from .cache import LessCache
 from .data import load_corpus, training_windows
 from .evaluate import Window, evaluation_windows, perplexity
 from .hf import attention_modules, less, output_projection, replace_attention
 from .kernels import Kernels
 from .models import kernel_path, load_kernels, load_model, model_shape
 from .policies import Full, Policy, budget_of, get_policy
-from .profiles import get_profile
+from .profiles import FALCON, get_profile
 from .results import results_dir, sweep
 from .train import LayerTrainer, Recipe, capture_layers, layer_pool, train_for_profile
 
 LENGTHS = (512, 1024, 2048, 4096)  # of the windows that training is timed on; S x S weights soon take too much memory
 VERSION = 2  # of the code behind the points: raised, it makes every recorded point stale
 ABLATION_WINDOWS, FIGURE_3_WINDOWS = 40, 24  # at the most: these two sweeps have many points
+PROMPT, CONTINUED, ROWS = 384, 96, 16  # of notebook 13: tokens of a prompt, tokens after it, windows that prefills are compared on
 model_of = functools.lru_cache(maxsize=1)(load_model)
 
 
 @functools.lru_cache(maxsize=4)
-def windows_of(profile: str, corpus: str) -> list[Window]:
-    """The evaluation windows of a profile, one context long."""
-    p, (model, tokenizer) = get_profile(profile), model_of(get_profile(profile).model)
+def windows_of(profile: str, corpus: str, name: str | None = None) -> list[Window]:
+    """The evaluation windows of a profile, one context of its model (or of model `name`) long."""
+    p, (model, tokenizer) = get_profile(profile), model_of(name or get_profile(profile).model)
     return evaluation_windows(load_corpus(corpus), tokenizer, model_shape(model)["context"], p.windows_per_document, p.max_windows)
 
 
-def record(name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict], *corpora: str) -> dict:
+def record(
+    name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict], *corpora: str, model_name: str | None = None
+) -> dict:
     """`results.sweep` of an experiment whose points also depend on `corpora`, the model's weights and the profile's settings."""
 
     def data() -> list[dict]:
         settings = json.dumps(asdict(get_profile(profile)), sort_keys=True)
-        model: dict = vars(model_of(get_profile(profile).model)[0])["less_identity"]
+        model: dict = vars(model_of(model_name or get_profile(profile).model)[0])["less_identity"]
         own = {f"model {model['model']}": model["revision"], f"profile {profile}": hashlib.sha256(settings.encode()).hexdigest()}
         return [load_corpus(c).record() for c in corpora] + [{"name": name, "sha256": sha256} for name, sha256 in own.items()]
 
     return sweep(name, profile, seed, points, compute, data, VERSION)
 
 
-def score(profile: str, seed: int, corpus: str, method: str, policy: str = "h2o", fraction: float = 1.0, carried: bool = False) -> dict:
-    """Perplexity on `corpus` of one method: Full, Baseline, Baseline+, Performer, or LESS (p%) with kernels trained at p%."""
+def setting(
+    profile: str, seed: int, method: str, policy: str = "h2o", fraction: float = 1.0, carried: bool = False, name: str | None = None
+) -> tuple[Policy, Kernels | None]:
+    """(policy, kernels) of one method: Full, Baseline, Baseline+, Performer, or LESS (p%) with kernels trained at p%."""
     p, kernels = get_profile(profile), None
-    model = model_of(p.model)[0]
-    shape = model_shape(model)
+    shape = model_shape(model_of(name or p.model)[0])
     chosen: Policy = Full() if method == "Full" else get_policy(policy).from_fraction(fraction, shape["context"])
     if method == "Baseline+":
         chosen = chosen.plus(p.kernel_size // 2)
@@ -58,9 +66,16 @@ def score(profile: str, seed: int, corpus: str, method: str, policy: str = "h2o"
         kernels = Kernels.performer(shape, p.kernel_size, seed)
     elif method.startswith("LESS"):
         trained = () if p.quick or carried else (results_dir(profile) / "kernels", seed)  # by notebook 02, or those of the package
-        kernels = load_kernels(p.model, policy, float(method[6:-2]) / 100, *trained)
-    with less(model, chosen, kernels, mode="parallel"):
-        return perplexity(model, windows_of(profile, corpus), p.batch)
+        kernels = load_kernels(name or p.model, policy, float(method[6:-2]) / 100, *trained)
+    return chosen, kernels
+
+
+def score(profile: str, seed: int, corpus: str, method: str, name: str | None = None, **case) -> dict:
+    """Perplexity on `corpus` of one method; see `setting` for it and for `case`."""
+    p = get_profile(profile)
+    model, chosen = model_of(name or p.model)[0], setting(profile, seed, method, name=name, **case)
+    with less(model, *chosen, mode="parallel"):
+        return perplexity(model, windows_of(profile, corpus, name), p.batch)
 
 
 def tour(profile: str, seed: int = 0) -> dict:
@@ -79,6 +94,69 @@ def language_modeling(profile: str, seed: int = 0) -> dict:
     for c, f, m in itertools.product(p.evaluation, p.fractions, methods):
         points[f"{c}/{f:.0%}/{m}"] = {"corpus": c, "method": m, "fraction": f}
     return record("language_modeling", profile, seed, points, functools.partial(score, profile, seed), *p.evaluation)
+
+
+def multi_query(profile: str, seed: int = 0) -> dict:
+    """Rows like Table 2's for Falcon's architecture, where all query heads share one key-value head: H2O at 5%, kernels trained for it."""
+    p, name = get_profile(profile), FALCON.get(profile, "pico-falcon")
+    points: dict[str, dict] = {} if p.quick else {"kernels": {"name": name}}
+    for c, m in itertools.product(p.evaluation, ("Full", "Baseline", "Baseline+", "Performer", "LESS (5%)")):
+        points[f"{c}/Full" if m == "Full" else f"{c}/5%/{m}"] = {"corpus": c, "method": m, "fraction": 0.05, "name": name}
+
+    def compute(name: str, **case) -> dict:
+        if case:
+            return score(profile, seed, name=name, **case)
+        path = kernel_path(name, "h2o", 0.05, results_dir(profile) / "kernels", seed)
+        return {"layers": train_for_profile(replace(p, model=name), "h2o", 0.05, path, seed)}
+
+    return record("multi_query", profile, seed, points, compute, *p.evaluation, *p.training, model_name=name)
+
+
+def generation(profile: str, seed: int = 0) -> dict:
+    """Notebook 13: what each method says after the same prompt, the bytes its cache holds, which tokens left, and what a prefill costs.
+
+    Points by kind. text: the greedy continuation. bytes: (tokens, bytes) token by token. evicted: for every token of a prompt, the share of
+    all layers' key-value heads that no longer hold it. prefill: nats a token of what really follows prompts, read densely or in chunks.
+    """
+    p = get_profile(profile)
+    corpus, methods = p.evaluation[0], ("Full", "Baseline", "Baseline+", "LESS (5%)")
+    points = {f"{what}/{m}": {"what": what, "method": m} for what in ("text", "bytes") for m in methods}
+    points |= {f"evicted/{name}": {"what": "evicted", "method": "Baseline", "policy": name} for name in ("h2o", "lambda", "tova")}
+    for m, prefill in (("Full", "dense"), *itertools.product(("Baseline", "LESS (5%)"), ("dense", "streaming"))):
+        points[f"prefill/{m}/{prefill}"] = {"what": "prefill", "method": m, "prefill": prefill}
+
+    def compute(what: str, method: str, policy: str = "h2o", prefill: Any = "dense") -> dict:
+        model, tokenizer = model_of(p.model)
+        chosen, kernels = setting(profile, seed, method, policy, 0.05)
+        cache: Any = DynamicCache(config=model.config) if method == "Full" else LessCache(model, chosen, kernels, prefill)
+        windows = [w.ids for w in windows_of(profile, corpus) if len(w.ids) >= PROMPT + CONTINUED]
+        windows = windows[:: -(-len(windows) // ROWS)]
+        ids = torch.tensor([w[: PROMPT + CONTINUED] for w in windows], device=model.device)
+        with torch.no_grad(), contextlib.nullcontext() if method == "Full" else less(model):
+            if what == "text":
+                arguments = {"max_new_tokens": CONTINUED, "do_sample": False, "repetition_penalty": 1.2, "eos_token_id": None}
+                middle = ids[len(ids) // 2, :PROMPT]
+                said = cast(Any, model).generate(middle[None], past_key_values=cache, **arguments)[0]
+                text = {"prompt": tokenizer.decode(middle[1:]), "text": tokenizer.decode(said[PROMPT:])}
+                return text | {"tokens": said[PROMPT:].tolist()}
+            if what == "bytes":
+                held = []
+                for t in range(len(windows[0]) if not p.quick else 256):
+                    model(ids.new_tensor(windows[0][t : t + 1])[None], past_key_values=cache)
+                    if (t + 1) % 32 == 0:
+                        full = method == "Full"
+                        held.append([t + 1, sum(x.keys.nbytes + x.values.nbytes for x in cache.layers) if full else cache.nbytes()])
+                return {"bytes": held, "kernels": 0 if method == "Full" else cache.report()["kernels"]}
+            logits = [model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1]]
+            if what == "evicted":
+                gone = torch.cat([cache.evicted(i)[0].double() for i in range(len(cache.layers))]).mean(0)
+                return {"tokens": [tokenizer.decode([t]) for t in windows[0][:PROMPT]], "gone": gone.numpy().round(4).tolist()}
+            for t in range(PROMPT, PROMPT + CONTINUED - 1):
+                logits.append(model(ids[:, t : t + 1], past_key_values=cache).logits[:, 0])
+        losses = -torch.stack(logits, 1).log_softmax(-1).gather(2, ids[:, PROMPT:, None])[..., 0].double()
+        return {"nats": losses.mean().item(), "by_window": losses.mean(1).numpy().round(5).tolist()}
+
+    return record("generation", profile, seed, points, compute, corpus)
 
 
 def sparse_policies(profile: str, seed: int = 0) -> dict:

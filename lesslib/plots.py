@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,11 @@ def table(columns: list[str], rows: list[list[Any]]) -> Any:
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in lines))
 
 
-def cells(record: dict, prefix: str) -> dict[str, dict]:
-    """Points of a record whose name is `prefix`/method, by method in the order of the paper's tables."""
+def cells(record: dict, prefix: str, order: Callable | None = None) -> dict[str, dict]:
+    """Points of a record whose name is `prefix`/method, by method in the order of the paper's tables, or as recorded with order=list."""
     found = {name[len(prefix) + 1 :]: p for name, p in record["points"].items() if name.startswith(prefix + "/")}
-    order = lambda m: (list(COLOURS).index(m), 0.0) if m in COLOURS else (len(COLOURS), float(m[6:-2]))  # noqa: E731
-    return {m: found[m] for m in sorted(found, key=order)}
+    of_paper = lambda m: (list(COLOURS).index(m), 0.0) if m in COLOURS else (len(COLOURS), float(m[6:-2]))  # noqa: E731
+    return {m: found[m] for m in (order(found) if order else sorted(found, key=of_paper))}
 
 
 def low_rank_residuals(record: dict) -> Figure:
@@ -141,4 +142,45 @@ def gaps(groups: dict[str, tuple[dict, dict[str, dict]]], title: str) -> Figure:
     panel.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel="share of the gap closed", title=title)
     panel.set_ylim(bottom=min(-0.1, max(-0.5, panel.get_ylim()[0])))
     figure.legend(fontsize=8, loc="outside right center")
+    return figure
+
+
+def cache_bytes(record: dict) -> Figure:
+    """What each method's cache holds while a text is read token by token."""
+    figure, (panel,) = axes(1, width=6.2)
+    for method, point in cells(record, "bytes").items():
+        tokens, held = zip(*point["bytes"], strict=True)
+        kib, marker = [b / 1024 for b in held], MARKS.get(method, "")
+        panel.plot(tokens, kib, color=colour(method, [method]), marker=marker, markevery=4, label=method)
+    panel.set(xlabel="tokens seen", ylabel="KiB held by the cache", title="H2O at 5%: keys, values, scores and state", ylim=(0, None))
+    panel.legend()
+    return figure
+
+
+def evicted_text(record: dict, width: int = 110) -> Figure:
+    """The prompt of each policy's point, every token shaded by the share of heads that no longer hold it."""
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    texts = cells(record, "evicted", order=list)
+    placed: dict[str, list[tuple[int, int, str, float]]] = {}
+    for policy, point in texts.items():
+        row = column = 0
+        placed[policy] = []
+        for token, gone in zip(point["tokens"], point["gone"], strict=True):
+            shown = "".join(c if c.isprintable() else "¶" for c in token)
+            if column + len(shown) > width:
+                row, column = row + 1, 0
+            placed[policy].append((row, column, shown, gone))
+            column += len(shown)
+    size, rows = 6.5, [1 + max(row for row, *_ in p) for p in placed.values()]
+    inches = width * 0.602 * size / 72 + 0.2, sum(rows) * 0.15 + 0.35 * len(rows)  # 0.602: a monospaced character's width over its size
+    figure, panels = plt.subplots(len(placed), 1, figsize=inches, height_ratios=rows, squeeze=False, layout="constrained", dpi=100)
+    for panel, (policy, tokens), height in zip(panels[:, 0], placed.items(), rows, strict=True):
+        for row, column, shown, gone in tokens:
+            panel.add_patch(Rectangle((column, row), len(shown), 1, color=plt.get_cmap("Reds")(0.6 * gone), lw=0))
+            panel.text(column, row + 0.72, shown, family="monospace", fontsize=size, parse_math=False)
+        panel.set(xlim=(0, width), ylim=(height, 0))
+        panel.set_axis_off()
+        panel.set_title(f"{policy}: white is held by every head, dark red by none", fontsize=8, loc="left")
     return figure

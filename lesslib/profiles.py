@@ -43,6 +43,9 @@ PROFILES = {p.name: p for p in (
 )}  # fmt: skip
 
 
+FALCON = {"paper": "tiiuae/falcon-7b"}  # the second model of notebook 03, by profile; else pico-falcon
+
+
 def get_profile(name: str | None = None) -> Profile:
     """The profile called `name`, or the one that $LESS_PROFILE names, or `tiny`. Raises ValueError for any other name."""
     name = name or os.environ.get("LESS_PROFILE") or "tiny"

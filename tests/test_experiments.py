@@ -142,3 +142,23 @@ def test_loss_by_kind_of_token_adds_up():
         ["c", "near", "50%", "0.400", "40%", "-25%"],
         ["c", "far", "25%", "1.100", "55%", "50%"],
     ]
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_verdicts_of_generation_hold_and_fail(good):
+    grows = 1 if good else 200
+    held = {"Full": 100, "Baseline": grows, "Baseline+": grows, "LESS (5%)": grows}
+    points: dict = {f"bytes/{m}": {"bytes": [[t, b * t if m == "Full" or not good else 900] for t in (32, 64)]} for m, b in held.items()}
+    if not good:
+        points["bytes/Baseline+"] = {"bytes": [[32, 10], [64, 10]]}
+    nats = {"Full/dense": 1.0, "Baseline/dense": 2.0, "Baseline/streaming": 2.2}
+    nats |= {"LESS (5%)/dense": 1.4, "LESS (5%)/streaming": 1.5} if good else {"LESS (5%)/dense": 1.6, "LESS (5%)/streaming": 1.9}
+    points |= {f"prefill/{name}": {"nats": n} for name, n in nats.items()}
+    assert [v.holds for v in claims.generation({"points": points})] == [good] * 5
+
+
+@pytest.mark.parametrize(("ours", "holds"), [(1.2, True), (1.9, False)])
+def test_verdicts_of_the_multi_query_model_hold_and_fail(ours, holds):
+    methods = {"Baseline": 2.0, "Baseline+": 1.8, "LESS (5%)": ours}
+    points = {"c/Full": row(1.0)} | {f"c/5%/{m}": row(x) for m, x in methods.items()}
+    assert [v.holds for v in claims.multi_query({"points": points}, ["c"])] == [holds] * 2

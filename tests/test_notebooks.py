@@ -6,7 +6,7 @@ import pytest
 
 from lesslib.run import NOTEBOOKS, Notebook
 
-NAMES = ("00_tour", "01_low_rank_residuals", "02_training_kernels", "03_language_modeling", "04_sparse_policies")
+NAMES = ("00_tour", "01_low_rank_residuals", "02_training_kernels", "03_language_modeling", "04_sparse_policies", "13_generate")
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(home|Users|root|tmp|work|workspace|mnt|content|opt|usr|var|private|data)/|[A-Z]:\\\\?Users")
 
 each = pytest.mark.parametrize("name", NAMES)
