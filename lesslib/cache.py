@@ -294,11 +294,20 @@ class LessCache(Cache):
             every = f"every layer of {type(model).__name__} has a sliding window"
             raise ValueError(f"{every}, so its cache is bounded already: use transformers' own")
         super().__init__(layers=layers)
-        self.owner, self.policy, self.kernels = id(model), policy, kernels
+        self.owner, self.policy, self.kernels, self._config = id(model), policy, kernels, model.config
 
     def less_layers(self) -> list[LessLayer]:
         """The layers that are bounded by the policy."""
         return [layer for layer in self.layers if isinstance(layer, LessLayer)]
+
+    def reset(self) -> None:
+        """Forget all tokens. The bounded layers keep their buffers; stock ones are new, as their own reset leaves zeros behind."""
+        for i, fresh in enumerate(DynamicCache(config=self._config).layers):
+            layer = self.layers[i]
+            if isinstance(layer, LessLayer):
+                layer.reset()
+            else:
+                self.layers[i] = fresh
 
     def activate_past_recording(self) -> None:
         self.less_layers()[0].crop(0)

@@ -1,6 +1,7 @@
 """The bounded decode cache against the naive loop, the whole-sequence form and dense attention; float64 but where said."""
 import functools
 import math
+import re
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lesslib.kernels import Kernels
 from lesslib.models import model_shape
 from lesslib.ops.naive import naive_attention
 from lesslib.parallel import evict, recover
+from lesslib.results import ROOT
 
 S = 33
 POLICIES = [H2O(heavy=3, recent=5), H2O(heavy=4, recent=0), Lambda(recent=3, sinks=2), Lambda(recent=4, sinks=0), TOVA(tokens=5)]
@@ -309,6 +311,15 @@ def test_greedy_generation_equals_a_naive_greedy_loop_token_for_token(name, mode
         assert torch.equal(generate(model, ids[:, :1], LessCache(model, policy, kernels), 24), expected)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "falcon-7b"])
+def test_reset_forgets_everything_on_other_architectures_too(name, models, ids):
+    model = models(name)
+    cache = LessCache(model, POLICIES[0], kernels_of(model))
+    first = run(model, cache, ids, [12, 1, 1, 9, 10])
+    cache.reset()
+    close(run(model, cache, ids, [12, 1, 1, 9, 10]), first, 0)
+
+
 def test_a_second_call_after_reset_equals_the_first_also_with_another_batch(llama, ids):
     cache = LessCache(llama, POLICIES[0], kernels_of(llama))
     first = run(llama, cache, ids, [12, 1, 1, 9, 10])
@@ -551,3 +562,9 @@ def test_padding_on_the_right_gradients_and_a_changed_batch_are_refused(llama, i
         llama(ids, past_key_values=LessCache(llama, POLICIES[0]))
     with refused(ValueError, "has seen no token yet"):
         LessCache(llama, POLICIES[0]).evicted(0)
+
+
+def test_the_readme_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec("\n".join(blocks[:2]), {})  # LESS on your own model: scoring, then generating
+    assert "torch.Size([1, 301, 4096])" in capsys.readouterr().out
