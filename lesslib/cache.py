@@ -8,11 +8,12 @@ attended on top of the budget C, hence one slot more; it is the one that the las
 """
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -51,6 +52,8 @@ class LessLayer(CacheLayerMixin):
         """Allocate all buffers for keys like k [B, Hkv, S, D] and values like v [B, Hkv, S, Dv]."""
         (B, Hkv, _, D), Dv, N = k.shape, v.shape[-1], self._budget + 1
         self.dtype, self.device, self.batch_size = k.dtype, k.device, B
+        if isinstance(self.kernels, nn.Module):
+            self.kernels.to(k.device)  # layers of one model may lie on several devices
         wide = torch.promote_types(k.dtype, torch.float32)
         self.keys, self.values = k.new_zeros(B, Hkv, N, D), v.new_zeros(B, Hkv, N, Dv)
         self.position = torch.full((B, Hkv, N), -1, dtype=torch.int32, device=k.device)
@@ -78,10 +81,14 @@ class LessLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Announce new keys [B, Hkv, S, D] and values [B, Hkv, S, Dv]; they enter the slots in `attend`.
 
-        Raises RuntimeError outside `with less(model)`, where an attention that knows nothing of slots would use them as if they were all.
+        Raises RuntimeError outside `with less(model)`, where an attention that knows nothing of slots would use them as if they were all,
+        and where gradients are asked for; ValueError for another batch, dtype or device than the cache holds.
         """
-        if not self.armed:
+        armed, self.armed = self.armed, False
+        if not armed:
             raise RuntimeError("LessCache was used outside `with less(model)`: wrap the call, as in `with less(model): model.generate()`")
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise RuntimeError("LessCache is for inference and keeps no gradients: call the model within torch.no_grad()")
         given = len(key_states), key_states.dtype, key_states.device
         if self.is_initialized and given != (mine := (self.batch_size, self.dtype, self.device)):
             if self.seen > 0:
@@ -114,9 +121,9 @@ class LessLayer(CacheLayerMixin):
             self.free.fill_(self._budget)
 
     def _select(self, rows: Tensor) -> None:
-        for name in BUFFERS if self.is_initialized else ():
-            setattr(self, name, getattr(self, name).index_select(0, rows.to(self.device)))
-        self.batch_size = len(rows)
+        for name in BUFFERS:
+            setattr(self, name, getattr(self, name)[rows.to(self.device)])
+        self.batch_size = len(self.count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was (beam search)."""
@@ -124,16 +131,19 @@ class LessLayer(CacheLayerMixin):
             buffer.copy_(buffer.index_select(0, beam_idx.to(self.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`."""
-        self._select(indices)
+        """Keep the rows `indices` (numbers or a mask)."""
+        if self.is_initialized:
+            self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+        if self.is_initialized:
+            self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("evicted tokens cannot be brought back, so LessCache does no assisted decoding and no crop(): do without")
 
+    @torch.no_grad()
     def attend(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
         """Attention [B, Hq, S, Dv] of q [B, Hq, S, D] over the slots, the state and the new k, v; then the policy evicts down to C.
 
@@ -141,9 +151,6 @@ class LessLayer(CacheLayerMixin):
         attend each other causally and densely, and then one eviction follows: on an empty cache that is the paper's prefill
         (section 3), later a chat turn; with `chunk`, they come that many at a time.
         """
-        self.armed = False
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            raise RuntimeError("LessCache is for inference and keeps no gradients: call the model within torch.no_grad()")
         if q.shape[2] == 1:
             return self._step(q, k, v, real, scaling).to(v.dtype)
         if real is not None:
@@ -265,6 +272,7 @@ class LessCache(Cache):
     `policy` says who leaves; `kernels` (of lesslib.models.load_kernels) absorb what leaves, None is the policy alone. `prefill="dense"`
     is the paper's: a prompt attends all of itself, then one eviction. `"streaming"` sends it through the bounded cache `chunk` tokens
     at a time, so that attention's memory is bounded however long a prompt is; later chunks then see what the cache kept, not all.
+    Chunks are cut across the batch, so a row that is padded on the left is cut elsewhere than alone, and differs as two chunk sizes do.
     Sliding-window layers of hybrid models keep the layer that transformers gives them. The kernels move to the model's device. Raises
     ValueError where policy, kernels and model do not fit, and NotImplementedError for layers of another kind.
     """
@@ -295,6 +303,7 @@ class LessCache(Cache):
             raise ValueError(f"{every}, so its cache is bounded already: use transformers' own")
         super().__init__(layers=layers)
         self.owner, self.policy, self.kernels, self._config = id(model), policy, kernels, model.config
+        self.running = False  # within a call of the model; still set when one was interrupted, and layers disagree on what they saw
 
     def less_layers(self) -> list[LessLayer]:
         """The layers that are bounded by the policy."""
@@ -302,12 +311,21 @@ class LessCache(Cache):
 
     def reset(self) -> None:
         """Forget all tokens. The bounded layers keep their buffers; stock ones are new, as their own reset leaves zeros behind."""
+        self.running = False
         for i, fresh in enumerate(DynamicCache(config=self._config).layers):
             layer = self.layers[i]
             if isinstance(layer, LessLayer):
                 layer.reset()
             else:
                 self.layers[i] = fresh
+
+    def __deepcopy__(self, memo: dict) -> LessCache:
+        """A copy with its own tokens (to read a prompt once and go on twice); kernels and configuration are shared."""
+        for shared in (self.kernels, self._config, *(layer.kernels for layer in self.less_layers())):
+            memo[id(shared)] = shared
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def activate_past_recording(self) -> None:
         self.less_layers()[0].crop(0)

@@ -149,11 +149,12 @@ def generation(profile: str, seed: int = 0) -> dict:
                 return {"bytes": held, "kernels": 0 if method == "Full" else cache.report()["kernels"]}
             logits = [model(ids[:, :PROMPT], past_key_values=cache).logits[:, -1]]
             if what == "evicted":
-                gone = torch.cat([cache.evicted(i)[0].double() for i in range(len(cache.layers))]).mean(0)
+                bounded = [i for i, layer in enumerate(cache.layers) if layer in cache.less_layers()]
+                gone = torch.cat([cache.evicted(i)[0].double() for i in bounded]).mean(0)
                 return {"tokens": [tokenizer.decode([t]) for t in windows[0][:PROMPT]], "gone": gone.numpy().round(4).tolist()}
             for t in range(PROMPT, PROMPT + CONTINUED - 1):
                 logits.append(model(ids[:, t : t + 1], past_key_values=cache).logits[:, 0])
-        losses = -torch.stack(logits, 1).log_softmax(-1).gather(2, ids[:, PROMPT:, None])[..., 0].double()
+        losses = -torch.stack(logits, 1).float().log_softmax(-1).gather(2, ids[:, PROMPT:, None])[..., 0].double()
         return {"nats": losses.mean().item(), "by_window": losses.mean(1).numpy().round(5).tolist()}
 
     return record("generation", profile, seed, points, compute, corpus)

@@ -32,21 +32,32 @@ class LessLM(HFLM):
     """A model of the harness that keeps `fraction` of its context under `policy` ("full" keeps all), with or without kernels.
 
     `pretrained`: a name or folder for lesslib.models.load_model. `kernels`: "carried" for those of the package, a folder for your own
-    (see load_kernels), "none" for the policy alone. `prefill`: as in LessCache. Other arguments go to the harness's HFLM.
+    (see load_kernels), "none" or None for the policy alone. `prefill`: as in LessCache. `dtype`: a name of torch's. Of the harness's HFLM
+    the `OPTIONS` work too. Raises ValueError for any other argument.
     """
 
+    OPTIONS = ("batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "add_bos_token", "prefix_token_id")
+
     def __init__(
-        self, pretrained: str = "pico-llama", policy: str = "h2o", fraction: float = 0.05, kernels: str = "carried", prefill: Any = "dense",
-        device: str | None = None, dtype: str | None = None, **kwargs: Any,
+        self, pretrained: str = "pico-llama", policy: str = "h2o", fraction: float = 0.05, kernels: str | None = "carried",
+        prefill: Any = "dense", device: str | None = None, dtype: str | None = None, **kwargs: Any,
     ):  # fmt: skip
-        model, tokenizer = load_model(pretrained, device, getattr(torch, dtype) if dtype and dtype != "auto" else None)
+        if unknown := sorted(set(kwargs) - set(self.OPTIONS)):
+            known = ("pretrained", "policy", "fraction", "kernels", "prefill", "device", "dtype", *self.OPTIONS)
+            raise ValueError(f"unknown argument {', '.join(unknown)} of the model less: choose from {', '.join(known)}")
+        if dtype not in (None, "auto") and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype {dtype!r}: choose float32, bfloat16, float16 or auto")
+        model, tokenizer = load_model(pretrained, device, None if dtype in (None, "auto") else getattr(torch, dtype))
         full = get_policy(policy).name == "full"
         self.policy = get_policy(policy)() if full else get_policy(policy).from_fraction(float(fraction), model_shape(model)["context"])
         self.kernels: Kernels | None = None
-        if kernels != "none" and not full:
+        if kernels not in (None, "none") and not full:
             self.kernels = load_kernels(pretrained, policy, float(fraction), None if kernels == "carried" else kernels)
-        check_fit(model, self.policy, self.kernels)
         self.prefill, self.full = prefill, full
+        if full:
+            check_fit(model, self.policy, None)
+        else:
+            LessCache(model, self.policy, self.kernels, prefill)  # raises what it would raise at the first text
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **kwargs)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:

@@ -31,11 +31,12 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     attention = getattr(module, "less_attention", None)
     if attention is None:
         raise RuntimeError(f"{type(module).__name__} reached lesslib's attention outside `with less(...)`: run it within that context")
+    _check_call(module, dropout, kwargs)
     if query.shape[2] != key.shape[2]:
         raise ValueError("mode='parallel' scores whole sequences, without past_key_values: generate in `with less(model)` with a LessCache")
     if sliding_window is not None and sliding_window < key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    _check_call(module, attention_mask, dropout, kwargs)
+    _check_mask(attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = attention(module.layer_idx, query, key, value, attention_mask, scaling)
     return out.transpose(1, 2).contiguous(), None
@@ -43,19 +44,24 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
 
 def _cached_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, less_layer=None, **kwargs):
     """As `_attention`, for new tokens that the module's `less_layer` attends; a stock layer (sliding window) gets stock attention."""
+    _check_call(module, dropout, kwargs)
     if less_layer is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    _check_call(module, attention_mask, dropout, kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    _check_mask(attention_mask)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return less_layer.attend(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 
-def _check_call(module, attention_mask, dropout, kwargs) -> None:
+def _check_call(module, dropout, kwargs) -> None:
+    """Raises for what SDPA and our attention would silently leave out."""
     for name, what in (("softcap", "logit soft-capping"), ("s_aux", "attention sinks")):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{what} ({name}) of {type(module).__name__} is not implemented: use a model without it")
     if dropout:
         raise ValueError(f"attention dropout is {dropout}: call model.eval() first")
+
+
+def _check_mask(attention_mask) -> None:
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions: pass a 2D mask [batch, tokens], 0 for padding")
 
@@ -178,9 +184,20 @@ def use_cache(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             kwargs["less_layer"] = layer
         return args, kwargs
 
+    def begin(model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if isinstance(cache := kwargs.get("past_key_values"), LessCache):
+            if cache.running:
+                raise RuntimeError("an earlier call stopped midway and left this LessCache half written: call its reset(), or make another")
+            cache.running = True
+
+    def end(model: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if isinstance(cache := kwargs.get("past_key_values"), LessCache):
+            cache.running = False
+
     modules = attention_modules(model)
     with _implementation(model, modules, "less_cache"):
         hooks = [module.register_forward_pre_hook(hand_over, with_kwargs=True) for module in modules.values()]
+        hooks += [model.register_forward_pre_hook(begin, with_kwargs=True), model.register_forward_hook(end, with_kwargs=True)]
         try:
             yield model
         finally:

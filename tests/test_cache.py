@@ -1,7 +1,10 @@
 """The bounded decode cache against the naive loop, the whole-sequence form and dense attention; float64 but where said."""
+import copy
 import functools
+import itertools
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AttentionInterface
 from zoo import GROUPED, SIZES, WITH_HYBRID, build, kernels_of
 
 from lesslib import H2O, TOVA, Full, Lambda, LessCache, less
@@ -148,29 +152,45 @@ def test_a_prompt_attends_densely_and_is_evicted_once(policy, sequences):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_a_later_turn_attends_slots_state_and_itself(policy, sequences):
-    """Several tokens on a cache that is not empty, against a plain loop over queries."""
-    s = sequences(S=30, pads=[0, 4])
+def test_a_later_turn_attends_slots_state_and_itself_and_is_evicted_once(policy, sequences):
+    """Several tokens, more than a block of queries, on a cache that is not empty, against a plain loop over queries."""
+    first, turn = 18, 100
+    s = sequences(S=first + turn, pads=[0, 4])
     layer = layer_for(policy, s)
-    feed_first = 18
-    parts = [slice(0, feed_first), slice(feed_first, 30)]
-    outs = []
-    for part in parts:
-        held = [] if part.start == 0 else [t.clone() for t in (layer.keys, layer.values, layer.position, layer.H, layer.z)]
-        layer.armed = True
-        layer.update(s.k[:, :, part], s.v[:, :, part])
-        outs.append(layer.attend(s.q[:, :, part], s.k[:, :, part], s.v[:, :, part], s.real[:, part], 5**-0.5))
-    keys, values, position, H, z = held
+    feed(layer, SimpleNamespace(q=s.q[:, :, :first], k=s.k[:, :, :first], v=s.v[:, :, :first], real=s.real[:, :first]), [first])
+    held = [t.clone() for t in layer.buffers()]
+    later = SimpleNamespace(q=s.q[:, :, first:], k=s.k[:, :, first:], v=s.v[:, :, first:], real=s.real[:, first:])
+    out = feed(layer, later, [turn])
+    keys, values, position, score, _, count, H, z = held
     for b in range(2):
-        for h in range(4):
-            g = h // 2
+        rows: dict[tuple[int, int], list] = {}  # of query heads, by key-value head and query
+        for h, t in itertools.product(range(4), range(turn)):
+            alive = position[b, h // 2] >= 0
+            k = torch.cat([keys[b, h // 2][alive], later.k[b, h // 2, : t + 1]])
+            v = torch.cat([values[b, h // 2][alive], later.v[b, h // 2, : t + 1]])
+            weights, phi = (later.q[b, h, t] @ k.T * 5**-0.5).exp(), s.phi[b, h, first + t]
+            close(out[b, h, t], (weights @ v + phi @ H[b, h // 2]) / (weights.sum() + phi @ z[b, h // 2]))
+            rows.setdefault((h // 2, t), []).append(weights / weights.sum())
+        for g in range(2):
             alive = position[b, g] >= 0
-            for t in range(12):
-                at = feed_first + t
-                k = torch.cat([keys[b, g][alive], s.k[b, g, feed_first : at + 1]])
-                v = torch.cat([values[b, g][alive], s.v[b, g, feed_first : at + 1]])
-                weights, phi = (s.q[b, h, at] @ k.T * 5**-0.5).exp(), s.phi[b, h, at]
-                close(outs[1][b, h, t], (weights @ v + phi @ H[b, g]) / (weights.sum() + phi @ z[b, g]))
+            places = [*position[b, g][alive].tolist(), *range(int(count[b]), int(count[b]) + turn)]
+            total = torch.cat([score[b, g][alive], torch.zeros(turn, dtype=torch.float64)])
+            for t in range(turn):
+                for row in rows[g, t]:
+                    total[: len(row)] += row
+            if isinstance(policy, TOVA):  # every head holds the same tokens
+                total = torch.stack(rows[0, turn - 1] + rows[1, turn - 1]).mean(0)
+            newest = places[-1]
+            if isinstance(policy, Lambda):
+                safe = [p < policy.sinks or p > newest - policy.recent for p in places]
+            else:
+                safe = [isinstance(policy, H2O) and p > newest - policy.recent for p in places]
+            best = sorted(range(len(places)), key=lambda i: (safe[i], float(total[i]) if policy.needs_probabilities else 0.0, places[i]))
+            kept = {places[i]: float(total[i]) for i in best[-policy.budget :]}
+            mine = {int(p): float(x) for p, x in zip(layer.position[b, g], layer.score[b, g], strict=True) if p >= 0}
+            assert set(mine) == set(kept)
+            if isinstance(policy, H2O):
+                assert mine == pytest.approx(kept, abs=1e-10)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -355,6 +375,39 @@ def test_beams_follow_their_histories(llama, ids):
     close(log_probabilities.float(), out.sequences_scores.float(), 1e-4)
 
 
+def test_rows_can_be_chosen_repeated_and_copied(llama, ids):
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    kernels, policy = kernels_of(llama), POLICIES[0]
+
+    def begun():
+        cache = LessCache(llama, policy, kernels)
+        run(llama, cache, ids, [20], attention_mask=mask)
+        return cache
+
+    @torch.no_grad()
+    def go_on(cache, rows):
+        given = {"attention_mask": mask[rows], "position_ids": positions(mask)[rows, 20:]}
+        with less(llama):
+            return llama(ids[rows, 20:], past_key_values=cache, **given).logits
+
+    expected = go_on(begun(), [0, 1])
+    for change, rows in (
+        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1]), (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda c: c.batch_select_indices(torch.tensor([False, True])), [1]), (lambda c: c.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+    ):  # fmt: skip
+        cache = begun()
+        change(cache)
+        close(go_on(cache, rows), expected[rows])
+    cache = begun()
+    twin = copy.deepcopy(cache)
+    close(go_on(cache, [0, 1]), expected)
+    close(go_on(twin, [0, 1]), expected)
+    assert twin.layers[0].kernels is cache.layers[0].kernels
+    for change in (lambda c: c.batch_repeat_interleave(2), lambda c: c.batch_select_indices(torch.tensor([1]))):
+        change(LessCache(llama, policy))  # before the first token there is nothing to do
+
+
 def test_sampling_depends_on_the_seed_alone(llama, ids):
     cache, tokens = LessCache(llama, POLICIES[0], kernels_of(llama)), []
     for seed in (0, 0, 1):
@@ -504,6 +557,37 @@ def test_rollback_and_assisted_decoding_are_refused(llama, ids):
         llama.generate(ids[:1], past_key_values=cache, assistant_model=build(WITH_HYBRID["llama"]()), max_new_tokens=4)
     with less(llama), refused(NotImplementedError, "no assisted decoding"):
         llama.generate(ids[:1], past_key_values=cache, prompt_lookup_num_tokens=3, max_new_tokens=4)
+
+
+def test_sinks_of_sliding_layers_are_refused_too(ids):
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 6}
+    model = build(tf.GptOssConfig(**GROUPED, **kinds, head_dim=8, num_local_experts=2, num_experts_per_tok=1))
+    sliding = model.model.layers[1].self_attn
+    with torch.no_grad(), less(model), refused(NotImplementedError, r"attention sinks \(s_aux\)"):
+        AttentionInterface()["less_cache"](sliding, *(torch.randn(1, 2, 9, 8) for _ in range(3)), None, s_aux=sliding.sinks)
+
+
+def test_a_call_that_stopped_midway_is_noticed(models, ids):
+    model = build(WITH_HYBRID["llama-grouped"]())
+    cache, expected = LessCache(model, POLICIES[0]), run(model, LessCache(model, POLICIES[0]), ids, [20, 13])
+    run(model, cache, ids, [20])
+    interrupt = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, cache, ids[:, 20:], [13])
+    interrupt.remove()
+    with refused(RuntimeError, r"stopped midway and left this LessCache half written: call its reset\(\)"):
+        run(model, cache, ids[:, 20:], [13])
+    cache.reset()
+    close(run(model, cache, ids, [20, 13]), expected)
+
+
+def test_kernels_that_could_be_trained_leave_no_graph_behind(ids):
+    model = build(WITH_HYBRID["llama-grouped"]()).requires_grad_(False)
+    cache = LessCache(model, POLICIES[0], kernels_of(model))
+    with less(model):
+        for t in range(12):
+            model(ids[:, t : t + 1], past_key_values=cache)
+    assert all(layer.H.abs().sum() > 0 and not layer.H.requires_grad for layer in cache.less_layers())
 
 
 def test_soft_capping_and_sinks_are_refused(ids):

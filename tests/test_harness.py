@@ -79,3 +79,13 @@ def test_a_small_budget_scores_and_generates_as_the_library_does(manager):
             cache = LessCache(model, policy, kernels)
             said = model.generate(torch.tensor([context]), past_key_values=cache, max_new_tokens=12, do_sample=False)
         assert found["continuation"][i][0] == lm.tokenizer.decode(said[0, len(context) :]).split("\n\n")[0]
+
+
+def test_wrong_arguments_are_refused_and_none_means_no_kernels():
+    for arguments, match in (({"fracton": 0.2}, "unknown argument fracton of the model less: choose from pretrained, policy"),
+                             ({"peft": "x"}, "unknown argument peft"), ({"dtype": "fp16"}, "dtype 'fp16': choose float32"),
+                             ({"prefill": "bad"}, "prefill 'bad'"), ({"policy": "h3o"}, "unknown policy")):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            LessLM("pico-llama", device="cpu", **arguments)
+    assert LessLM.create_from_arg_string("pretrained=pico-llama,fraction=0.05,kernels=none,device=cpu").kernels is None
+    assert LessLM("pico-llama", device="cpu", kernels=None).kernels is None
