@@ -19,7 +19,7 @@ from lesslib import H2O, TOVA, Full, Lambda, LessCache, less
 from lesslib.cache import LessLayer, cache_bytes
 from lesslib.hf import replace_attention
 from lesslib.kernels import Kernels
-from lesslib.models import model_shape
+from lesslib.models import load_kernels, load_model, model_shape
 from lesslib.ops.naive import naive_attention
 from lesslib.parallel import evict, recover
 from lesslib.results import ROOT
@@ -338,6 +338,17 @@ def test_reset_forgets_everything_on_other_architectures_too(name, models, ids):
     first = run(model, cache, ids, [12, 1, 1, 9, 10])
     cache.reset()
     close(run(model, cache, ids, [12, 1, 1, 9, 10]), first, 0)
+
+
+def test_pico_falcon_with_its_kernels_generates_what_a_naive_greedy_loop_does():
+    model, tokenizer = load_model("pico-falcon", "cpu", torch.float64)
+    kernels, policy = load_kernels("pico-falcon", "h2o", 0.05).double(), H2O.from_fraction(0.05, 1024)
+    ids = tokenizer("It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. " * 2,
+                    return_tensors="pt").input_ids  # fmt: skip
+    assert ids.shape[1] > policy.budget
+    by_steps = LessCache(model, policy, kernels, prefill="streaming", chunk=1)  # the prompt too, as the naive loop reads it
+    assert torch.equal(generate(model, ids, by_steps, 20), greedy(model, policy, kernels, ids, 20))
+    assert by_steps.layers[0].H.abs().sum() > 0
 
 
 def test_a_second_call_after_reset_equals_the_first_also_with_another_batch(llama, ids):
