@@ -45,12 +45,13 @@ class LessLayer(CacheLayerMixin):
     def __init__(self, policy: Policy, kernels: Any, kernel_size: int, chunk: int | None):
         super().__init__()
         self.policy, self.kernels, self.kernel_size, self.chunk = policy, kernels, kernel_size, chunk
+        self.budget: Any = policy.budget
         self.seen = torch.zeros((), dtype=torch.int64)  # a tensor, so that a compiled step is not compiled again for every length
         self.armed = False  # set by the hook of `with less(model)` just before an attention layer runs
 
     def lazy_initialization(self, k: Tensor, v: Tensor) -> None:
         """Allocate all buffers for keys like k [B, Hkv, S, D] and values like v [B, Hkv, S, Dv]."""
-        (B, Hkv, _, D), Dv, N = k.shape, v.shape[-1], self._budget + 1
+        (B, Hkv, _, D), Dv, N = k.shape, v.shape[-1], self.budget + 1
         self.dtype, self.device, self.batch_size = k.dtype, k.device, B
         if isinstance(self.kernels, nn.Module):
             self.kernels.to(k.device)  # layers of one model may lie on several devices
@@ -60,19 +61,13 @@ class LessLayer(CacheLayerMixin):
         self.score = torch.zeros(B, Hkv, N, dtype=wide, device=k.device)
         self.free = torch.full((B, Hkv, 1), N - 1, dtype=torch.int64, device=k.device)
         self.count = torch.zeros(B, dtype=torch.int32, device=k.device)
-        R = 0 if self.kernels is None else self.kernel_size
-        self.H = torch.zeros(B, Hkv, R, Dv, dtype=wide, device=k.device)
-        self.z = torch.zeros(B, Hkv, R, dtype=wide, device=k.device)
+        self.H = torch.zeros(B, Hkv, self.kernel_size, Dv, dtype=wide, device=k.device)
+        self.z = torch.zeros(B, Hkv, self.kernel_size, dtype=wide, device=k.device)
         self.seen = self.seen.to(k.device)
         if not torch.compiler.is_compiling():  # fixed addresses let compiled steps (and CUDA graphs) write in place
             for buffer in (*self.buffers(), self.seen):
                 torch._dynamo.mark_static_address(buffer)
         self.is_initialized = True
-
-    @property
-    def _budget(self) -> int:
-        assert self.policy.budget is not None
-        return self.policy.budget
 
     def buffers(self) -> list[Tensor]:
         """All tensors that grow with the batch, in the order of `BUFFERS`."""
@@ -107,8 +102,6 @@ class LessLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # its name in transformers before 5.20
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0  # the mask tells which NEW tokens are real; slots know themselves
 
@@ -118,12 +111,12 @@ class LessLayer(CacheLayerMixin):
             for buffer in (self.score, self.count, self.H, self.z, self.seen):
                 buffer.zero_()
             self.position.fill_(-1)
-            self.free.fill_(self._budget)
+            self.free.fill_(self.budget)
 
     def _select(self, rows: Tensor) -> None:
-        for name in BUFFERS:
+        for name in BUFFERS if self.is_initialized else ():
             setattr(self, name, getattr(self, name)[rows.to(self.device)])
-        self.batch_size = len(self.count)
+            self.batch_size = len(getattr(self, name))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was (beam search)."""
@@ -132,8 +125,7 @@ class LessLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (numbers or a mask)."""
-        if self.is_initialized:
-            self._select(indices)
+        self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
@@ -153,17 +145,13 @@ class LessLayer(CacheLayerMixin):
         """
         if q.shape[2] == 1:
             return self._step(q, k, v, real, scaling).to(v.dtype)
-        if real is not None:
-            self._check_padding(real)
-        size = self.chunk or q.shape[2]
-        parts = zip(q.split(size, 2), k.split(size, 2), v.split(size, 2), strict=True)
-        masks = [None] * -(-q.shape[2] // size) if real is None else real.split(size, 1)
-        return torch.cat([self._block(*part, mask, scaling).to(v.dtype) for part, mask in zip(parts, masks, strict=True)], 2)
-
-    def _check_padding(self, real: Tensor) -> None:
+        real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if real is None else real
         begun = torch.cat([(self.count > 0)[:, None], real], 1).cummax(1).values[:, :-1]
         if bool((begun & ~real).any()):
             raise ValueError("padding follows a real token: pad on the left (tokenizer.padding_side = 'left')")
+        size = self.chunk or q.shape[2]
+        parts = zip(q.split(size, 2), k.split(size, 2), v.split(size, 2), real.split(size, 1), strict=True)
+        return torch.cat([self._block(*part, scaling).to(v.dtype) for part in parts], 2)
 
     def _recover(self, q: Tensor, sparse: Tensor, logsumexp: Tensor) -> Tensor:
         """Add what the state holds (paper, eqs 3-5): `sparse` [B, Hkv, G, S, Dv], `logsumexp` [B, Hkv, G, S] -> [B, Hq, S, Dv]."""
@@ -200,19 +188,18 @@ class LessLayer(CacheLayerMixin):
             self.position.scatter_(2, self.free, torch.where(real[:, None], now, -1))
         self.score.copy_(self.policy.observe(self.score, probabilities))
 
-        self.free.copy_(_first_out(self.policy, self.score, self.position, now))
+        self.free.copy_(self.policy.first_out(self.score, self.position, now))
         left = gather_tokens(self.keys, self.free), gather_tokens(self.values, self.free)
         self._absorb(*left, self.position.gather(2, self.free) >= 0)
         self.position.scatter_(2, self.free, -1)
         self.count.add_(1 if real is None else real[:, 0].int())  # last, as `now` is a view of it
         return out
 
-    def _block(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
+    def _block(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, scaling: float) -> Tensor:
         """Several tokens: dense among themselves, then one eviction. Works in blocks of queries, so nothing of size S x S is stored."""
-        (B, Hkv, S), C, wide = k.shape[:3], self._budget, self.score.dtype
+        (B, Hkv, S), C, wide, policy = k.shape[:3], self.budget, self.score.dtype, self.policy
         fresh = not bool(self.count.any())
-        new = torch.ones(B, S, dtype=torch.bool, device=k.device) if real is None else real
-        position = (self.count[:, None] + new.cumsum(1, dtype=torch.int32) - 1).masked_fill(~new, -1)
+        position = (self.count[:, None] + real.cumsum(1, dtype=torch.int32) - 1).masked_fill(~real, -1)
         now = position.amax(1)[:, None, None]  # of a row that is all padding: -1, and it holds nothing
         position = position[:, None].expand(B, Hkv, S)
         score = torch.zeros(B, Hkv, S, dtype=wide, device=k.device)
@@ -221,9 +208,8 @@ class LessLayer(CacheLayerMixin):
             k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
             position, score = torch.cat([self.position, position], 2), torch.cat([self.score, score], 2)
 
-        policy, outputs = self.policy, []
         start = 0 if old or (policy.needs_probabilities and policy.sums_queries) else S - 1 if policy.needs_probabilities else S
-        columns = torch.zeros(B, Hkv, q.shape[1] // Hkv, old + S, dtype=wide, device=k.device)
+        columns, outputs = torch.zeros(B, Hkv, q.shape[1] // Hkv, old + S, dtype=wide, device=k.device), []
         for a in range(start, S, BLOCK):
             b = min(a + BLOCK, S)
             logits = q[:, :, a:b].unflatten(1, (Hkv, -1)).to(wide) @ k[:, :, : old + b].to(wide).mT[:, :, None] * scaling
@@ -234,13 +220,13 @@ class LessLayer(CacheLayerMixin):
             probabilities = (logits - total[..., None]).exp()
             if old:
                 outputs.append(self._recover(q[:, :, a:b], probabilities @ v[:, :, None, : old + b].to(wide), total))
-            probabilities = probabilities * new[:, None, None, a:b, None]
+            probabilities = probabilities * real[:, None, None, a:b, None]
             columns[..., : old + b] += probabilities.sum(3) if policy.sums_queries else probabilities[..., -1, :] * (b == S)
         out = torch.cat(outputs, 2) if old else dense_attention(q, k, v, real, scaling)
         score = policy.observe(score, columns) if policy.needs_probabilities else score
-        self.count.add_(new.sum(1, dtype=torch.int32))
+        self.count.add_(real.sum(1, dtype=torch.int32))
 
-        order = _out_order(policy, score, position, now)
+        order = policy.out_order(score, position, now)
         leaving, staying = order[..., : max(0, order.shape[-1] - C)], order[..., -C:].sort(-1).values
         for part in leaving.split(ABSORB, -1):
             self._absorb(gather_tokens(k, part), gather_tokens(v, part), position.gather(2, part) >= 0)
@@ -250,20 +236,6 @@ class LessLayer(CacheLayerMixin):
         self.position[:, :, :n], self.score[:, :, :n] = position.gather(2, staying), score.gather(2, staying)
         self.free.fill_(C)
         return out
-
-
-def _first_out(policy: Policy, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
-    """Index [B, Hkv, 1] of an empty slot, or else of the one that `policy` lets go: the lowest position breaks ties, as in `simulate`."""
-    rank = policy.priority(score, position, now).masked_fill(position < 0, -math.inf)
-    first = rank <= rank.amin(-1, keepdim=True)
-    return position.masked_fill(~first, torch.iinfo(position.dtype).max).argmin(-1, keepdim=True)
-
-
-def _out_order(policy: Policy, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
-    """Indices [B, Hkv, N] in the order in which `policy` would let them go; empty ones first, among equals the lowest position."""
-    by_position = position.argsort(dim=-1, stable=True)
-    rank = policy.priority(score, position, now).masked_fill(position < 0, -math.inf)
-    return by_position.gather(2, rank.gather(2, by_position).argsort(dim=-1, stable=True))
 
 
 class LessCache(Cache):
@@ -333,9 +305,8 @@ class LessCache(Cache):
     def report(self) -> dict[str, int]:
         """Bytes: `slots` (keys and values), `bookkeeping` (positions, scores, counters), `state` (H and z), `sliding` (stock layers);
         `cache`, their sum; `kernels` (weights, whatever the batch); `full`, what a full cache would hold for the `tokens` seen."""
-        mine = [layer for layer in self.less_layers() if layer.is_initialized]
+        mine, full = [layer for layer in self.less_layers() if layer.is_initialized], 0
         parts = {"slots": 0, "bookkeeping": 0, "state": 0}
-        full = 0
         for layer in mine:
             names = {"keys": "slots", "values": "slots", "H": "state", "z": "state"}
             for name, buffer in zip((*BUFFERS, "seen"), (*layer.buffers(), layer.seen), strict=True):

@@ -80,6 +80,18 @@ class Policy:
         """Index [B, Hkv] of the slot that leaves next, the first among equals; never an empty one while another may go."""
         return self.priority(score, position, now).masked_fill(position < 0, math.inf).argmin(-1)
 
+    def first_out(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
+        """Index [B, Hkv, 1] of an empty slot, or else of `victim` among slots in no order: the lowest position breaks ties."""
+        rank = self.priority(score, position, now).masked_fill(position < 0, -math.inf)
+        first = rank <= rank.amin(-1, keepdim=True)
+        return position.masked_fill(~first, NEVER).argmin(-1, keepdim=True)
+
+    def out_order(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
+        """Indices [B, Hkv, N] in the order in which slots would go at once: empty ones first, among equals the lowest position."""
+        by_position = position.argsort(dim=-1, stable=True)
+        rank = self.priority(score, position, now).masked_fill(position < 0, -math.inf)
+        return by_position.gather(2, rank.gather(2, by_position).argsort(dim=-1, stable=True))
+
 
 def budget_of(fraction: float, max_context: int) -> int:
     """`fraction` of `max_context`, rounded down to an even number of tokens. Raises ValueError outside (0, 1] or below 2 tokens."""
