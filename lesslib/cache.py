@@ -331,7 +331,7 @@ class LessCache(Cache):
             raise ValueError("this cache has seen no token yet: run the model first")
         T = int(cache.count.max())
         held = torch.zeros(*cache.position.shape[:2], T + 1, dtype=torch.bool, device=cache.device)
-        held.scatter_(2, cache.position.long().clamp(min=-1) % (T + 1), True)  # empty slots go to the column that is cut off
+        held.scatter_(2, cache.position.long() % (T + 1), True)  # empty slots go to the column that is cut off
         return ~held[..., :T] & (torch.arange(T, device=cache.device) < cache.count[:, None, None])
 
 

@@ -168,8 +168,8 @@ def _implementation(model: PreTrainedModel, modules: dict[int, nn.Module], name:
 
 
 @contextlib.contextmanager
-def use_cache(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Within the context `model` runs on a LessCache, in `generate` or called with it; `less(model)` is this."""
+def _decoding(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Within the context `model` runs on a LessCache, in `generate` or called with it."""
 
     def hand_over(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
@@ -227,7 +227,7 @@ def less(
     if mode == "decode":
         if policy is not None or kernels is not None:
             raise ValueError("mode='decode' takes no policy and no kernels: give them to LessCache(model, policy, kernels)")
-        with use_cache(model):
+        with _decoding(model):
             yield model
         return
     attention_modules(model)

@@ -1,4 +1,5 @@
 """What every test may count on: offline, one thread, the smoke profile, results in a temporary folder, a fixed seed."""
+import functools
 import os
 import shutil
 import tempfile
@@ -45,3 +46,16 @@ def sequences():
         return SimpleNamespace(q=q, k=k * spread, v=v, phi=normal(B, Hq, S, R).abs(), psi=normal(B, Hkv, S, R).abs(), real=real)
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A function from an architecture's name in tests/zoo.py to its model, built once for a test file."""
+    from zoo import WITH_HYBRID, build
+
+    return functools.cache(lambda name: build(WITH_HYBRID[name]()))
+
+
+@pytest.fixture
+def llama(models):
+    return models("llama-grouped")

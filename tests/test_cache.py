@@ -1,6 +1,5 @@
 """The bounded decode cache against the naive loop, the whole-sequence form and dense attention; float64 but where said."""
 import copy
-import functools
 import itertools
 import math
 import re
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AttentionInterface
-from zoo import GROUPED, SIZES, WITH_HYBRID, build, kernels_of
+from zoo import GROUPED, SHAPES, SIZES, WITH_HYBRID, build, close, kernels_of
 
 from lesslib import H2O, TOVA, Full, Lambda, LessCache, less
 from lesslib.cache import LessLayer, cache_bytes
@@ -26,18 +25,10 @@ from lesslib.results import ROOT
 
 S = 33
 POLICIES = [H2O(heavy=3, recent=5), H2O(heavy=4, recent=0), Lambda(recent=3, sinks=2), Lambda(recent=4, sinks=0), TOVA(tokens=5)]
-SHAPES = [
-    {"B": 1, "Hq": 1, "Hkv": 1, "S": 1}, {"B": 2, "Hq": 4, "Hkv": 2, "S": 37}, {"B": 1, "Hq": 3, "Hkv": 1, "S": 65, "D": 3, "Dv": 7},
-    {"B": 1, "Hq": 2, "Hkv": 2, "S": 90, "R": 1}, {"B": 3, "Hq": 4, "Hkv": 2, "S": 69, "pads": [0, 5, 66]},
-]  # fmt: skip
-
-
-def close(a, b, atol=1e-10):
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
 class Given:
-    """Kernels whose features of a token are those of `sequences`: the query's and key's last coordinate is looked up."""
+    """Kernels whose features of a token are those of `sequences`, found by its query or key."""
 
     def __init__(self, s):
         self.s = s
@@ -228,16 +219,6 @@ def test_whatever_the_pieces_the_cache_holds_its_budget_and_every_token_once(see
 
 
 # ---------------------------------------------------------------- truth, whole models
-@pytest.fixture(scope="module")
-def models():
-    return functools.cache(lambda name: build(WITH_HYBRID[name]()))
-
-
-@pytest.fixture
-def llama(models):
-    return models("llama-grouped")
-
-
 @pytest.fixture
 def ids():
     return torch.randint(3, 61, (2, S), generator=torch.Generator().manual_seed(1))

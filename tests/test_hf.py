@@ -1,10 +1,8 @@
 """`with less(...)` on tiny random models of many architectures, in float64: stock logits, the naive form, padding, and refusals."""
-import functools
-
 import pytest
 import torch
 import transformers as tf
-from zoo import CONFIGS, GROUPED, WITH_GPT2, build, kernels_of
+from zoo import CONFIGS, GROUPED, WITH_GPT2, build, close, kernels_of
 
 from lesslib import H2O, TOVA, Full, Lambda, less
 from lesslib.hf import attention_modules, capture, output_projection, replace_attention
@@ -16,16 +14,6 @@ from lesslib.parallel import dense_attention
 S, POLICY = 21, H2O(heavy=2, recent=4)
 
 
-@pytest.fixture(scope="module")
-def models():
-    return functools.cache(lambda name: build(WITH_GPT2[name]()))
-
-
-@pytest.fixture
-def llama(models):
-    return models("llama-grouped")
-
-
 @pytest.fixture
 def ids():
     return torch.randint(3, 61, (2, S), generator=torch.Generator().manual_seed(1))
@@ -34,10 +22,6 @@ def ids():
 def logits(model, ids, **kwargs):
     with torch.no_grad():
         return model(ids, **kwargs).logits
-
-
-def close(a, b, atol=1e-10):
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
 # ---------------------------------------------------------------- truth, on every architecture

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import SHAPES, close
 
 from lesslib import H2O, TOVA, Full, Lambda
 from lesslib.kernels import LayerKernels
@@ -16,14 +17,6 @@ SPARSE = [
     H2O(heavy=3, recent=8), H2O(heavy=4, recent=0), H2O(heavy=2, recent=3, scores="full"),
     Lambda(recent=3, sinks=2), Lambda(recent=4, sinks=0), TOVA(tokens=5),
 ]  # fmt: skip
-SHAPES = [
-    {"B": 1, "Hq": 1, "Hkv": 1, "S": 1}, {"B": 2, "Hq": 4, "Hkv": 2, "S": 37}, {"B": 1, "Hq": 3, "Hkv": 1, "S": 65, "D": 3, "Dv": 7},
-    {"B": 1, "Hq": 2, "Hkv": 2, "S": 130, "R": 1}, {"B": 3, "Hq": 4, "Hkv": 2, "S": 69, "pads": [0, 5, 66]},
-]  # fmt: skip
-
-
-def close(a, b, atol=1e-10):
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
 class Zero:

@@ -69,7 +69,7 @@ def test_a_file_is_one_idea(file):
 
 @pytest.mark.xfail(strict=True, reason="with blank lines too lesslib is over its bound")
 def test_lesslib_stays_small_with_its_blank_lines():
-    assert sum(len((PACKAGE / f).read_text().splitlines()) for f in FILES) < sum(LINES.values())
+    assert sum(len((PACKAGE / f).read_text().splitlines()) for f in FILES) < 2500
 
 
 def test_every_file_has_its_place_in_the_order():

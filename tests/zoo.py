@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, in float64, and kernels for them."""
+"""What several test files use: tiny random models of many architectures, in float64, kernels for them, shapes of sequences."""
 import torch
 import transformers as tf
 
@@ -25,6 +25,12 @@ WITH_GPT2 = CONFIGS | {"gpt2": lambda: tf.GPT2Config(**GPT2, scale_attn_by_inver
 WITH_HYBRID = WITH_GPT2 | {"gemma3": lambda: tf.Gemma3TextConfig(**HYBRID | {"layer_types": HYBRID["layer_types"][:3]})}
 
 
+SHAPES = [
+    {"B": 1, "Hq": 1, "Hkv": 1, "S": 1}, {"B": 2, "Hq": 4, "Hkv": 2, "S": 37}, {"B": 1, "Hq": 3, "Hkv": 1, "S": 65, "D": 3, "Dv": 7},
+    {"B": 1, "Hq": 2, "Hkv": 2, "S": 130, "R": 1}, {"B": 3, "Hq": 4, "Hkv": 2, "S": 69, "pads": [0, 5, 66]},
+]  # fmt: skip
+
+
 def build(config):
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config).double().eval()
@@ -38,3 +44,7 @@ def kernels_of(model, size=1.0):
     for layer in kernels.layers:
         torch.nn.init.constant_(layer.s1, size)  # as if trained: the state must weigh in
     return kernels.eval()
+
+
+def close(a, b, atol=1e-10):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
