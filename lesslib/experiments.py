@@ -21,7 +21,7 @@ from .hf import attention_modules, less, output_projection, replace_attention
 from .kernels import Kernels
 from .models import kernel_path, load_kernels, load_model, model_shape
 from .policies import Full, Policy, budget_of, get_policy
-from .profiles import FALCON, get_profile
+from .profiles import get_profile, roles
 from .results import results_dir, sweep
 from .train import LayerTrainer, Recipe, capture_layers, layer_pool, train_for_profile
 
@@ -40,33 +40,41 @@ def windows_of(profile: str, corpus: str, name: str | None = None) -> list[Windo
 
 
 def record(
-    name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict], *corpora: str, model_name: str | None = None
-) -> dict:
-    """`results.sweep` of an experiment whose points also depend on `corpora`, the model's weights and the profile's settings."""
+    name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict], *data_sources: str | Callable[[], dict],
+    model_name: str | None = None,
+) -> dict:  # fmt: skip
+    """`results.sweep` of an experiment whose points also depend on corpora (or records of other data), the model's weights and the
+    profile's settings."""
 
     def data() -> list[dict]:
         settings = json.dumps(asdict(get_profile(profile)), sort_keys=True)
         model: dict = vars(model_of(model_name or get_profile(profile).model)[0])["less_identity"]
         own = {f"model {model['model']}": model["revision"], f"profile {profile}": hashlib.sha256(settings.encode()).hexdigest()}
-        return [load_corpus(c).record() for c in corpora] + [{"name": name, "sha256": sha256} for name, sha256 in own.items()]
+        read = [load_corpus(source).record() if isinstance(source, str) else source() for source in data_sources]
+        return read + [{"name": name, "sha256": sha256} for name, sha256 in own.items()]
 
     return sweep(name, profile, seed, points, compute, data, VERSION)
 
 
 def setting(
-    profile: str, seed: int, method: str, policy: str = "h2o", fraction: float = 1.0, carried: bool = False, name: str | None = None
-) -> tuple[Policy, Kernels | None]:
-    """(policy, kernels) of one method: Full, Baseline, Baseline+, Performer, or LESS (p%) with kernels trained at p%."""
+    profile: str, seed: int, method: str, policy: str = "h2o", fraction: float = 1.0, carried: bool = False, name: str | None = None,
+    extra: int | None = None,
+) -> tuple[Policy, Kernels | None]:  # fmt: skip
+    """(policy, kernels) of one method: Full, Baseline, Baseline+ (with `extra` tokens, or R/2), Performer, or LESS (p%).
+
+    Its kernels were trained at p%: by this profile on this machine, or else (profiles smoke and tiny) they are the package's own.
+    """
     p, kernels = get_profile(profile), None
     shape = model_shape(model_of(name or p.model)[0])
     chosen: Policy = Full() if method == "Full" else get_policy(policy).from_fraction(fraction, shape["context"])
     if method == "Baseline+":
-        chosen = chosen.plus(p.kernel_size // 2)
+        chosen = chosen.plus(p.kernel_size // 2 if extra is None else extra)
     elif method == "Performer":
         kernels = Kernels.performer(shape, p.kernel_size, seed)
     elif method.startswith("LESS"):
-        trained = () if p.quick or carried else (results_dir(profile) / "kernels", seed)  # by notebook 02, or those of the package
-        kernels = load_kernels(name or p.model, policy, float(method[6:-2]) / 100, *trained)
+        at, folder = float(method[6:-2]) / 100, results_dir(profile) / "kernels"
+        ours = kernel_path(name or p.model, policy, at, folder, seed).is_file() or profile not in ("smoke", "tiny")
+        kernels = load_kernels(name or p.model, policy, at, None if p.quick or carried or not ours else folder, seed)
     return chosen, kernels
 
 
@@ -98,7 +106,7 @@ def language_modeling(profile: str, seed: int = 0) -> dict:
 
 def multi_query(profile: str, seed: int = 0) -> dict:
     """Rows like Table 2's for Falcon's architecture, where all query heads share one key-value head: H2O at 5%, kernels trained for it."""
-    p, name = get_profile(profile), FALCON.get(profile, "pico-falcon")
+    p, name = get_profile(profile), roles(profile)["falcon"]
     points: dict[str, dict] = {} if p.quick else {"kernels": {"name": name}}
     for c, m in itertools.product(p.evaluation, ("Full", "Baseline", "Baseline+", "Performer", "LESS (5%)")):
         points[f"{c}/Full" if m == "Full" else f"{c}/5%/{m}"] = {"corpus": c, "method": m, "fraction": 0.05, "name": name}

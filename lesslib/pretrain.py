@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Corpus, Document, encode, load_corpus
@@ -18,7 +19,7 @@ from .models import autocast, keep_memory, load_model
 from .parallel import dense_attention
 from .results import read_torch, write_json, write_torch
 
-MIX = {"wikipedia": 0.57, "novels": 0.38, "topics-train": 0.05}
+MIX = {"stories-train": 0.65, "wikipedia": 0.18, "novels": 0.12, "topics-train": 0.05}
 HELD_OUT = {"wikipedia": 100, "novels": 3}  # documents never trained on, after a shuffle with seed 0
 
 
@@ -52,7 +53,7 @@ def new_falcon(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def split(corpora: dict[str, Corpus]) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
     """(training documents, held-out documents) per corpus. Raises ValueError where holding out leaves nothing to train on."""
     rng, train = random.Random(0), {name: list(corpus.documents) for name, corpus in corpora.items()}
-    held = {"topics": list(load_corpus("topics-heldout").documents)}
+    held = {name: list(load_corpus(f"{name}-heldout").documents) for name in ("topics", "stories")}
     for name, out in HELD_OUT.items():
         rng.shuffle(train[name])
         held[name], train[name] = train[name][:out], train[name][out:]
@@ -95,9 +96,20 @@ class Windows:
         return [Window(d, tuple(self.at(start).tolist()), words=0) for d, start in chosen]
 
 
+def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, lead: list[int], weight: float) -> torch.Tensor:
+    """Mean cross-entropy of logits [B, S, V] on ids [B, S]; a token that follows `lead` ("Answer:") counts `weight` times, as one in
+    hundreds that decides whether a question was understood."""
+    last = torch.stack([ids[:, i : ids.shape[1] - len(lead) + i] == token for i, token in enumerate(lead)]).all(0)  # [B, S - len(lead)]
+    weights = torch.ones_like(ids[:, 1:], dtype=torch.float32)
+    weights[:, len(lead) - 1 :] += last * (weight - 1)
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
+    return (losses * weights).sum() / weights.sum()
+
+
 def pretrain(
-    start: str, out: Path, minutes: float, tokens: int, batch: int, lr: float, seed: int, windows: int, save_every: float = 240
-) -> dict:
+    start: str, out: Path, minutes: float, tokens: int, batch: int, lr: float, seed: int, windows: int, answers: float = 10.0,
+    save_every: float = 240,
+) -> dict:  # fmt: skip
     """Continue `start` (a carried model, a folder, a hub name, "new-falcon") into `out`; returns the model card beside the weights.
 
     A second call resumes at the last checkpoint; on CPU with the same weights as an uninterrupted run that the limit on tokens ends.
@@ -115,7 +127,7 @@ def pretrain(
     losses = {"start": heldout_losses()}
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix], "weight_decay": 0.1 * matrix} for matrix in (1, 0)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    settings = {"batch": batch, "lr": lr, "seed": seed, "data": {n: c.sha256 for n, c in corpora.items()}}
+    settings = {"batch": batch, "lr": lr, "seed": seed, "answers": answers, "data": {n: c.sha256 for n, c in corpora.items()}}
     step, spent, checkpoint = 0, 0.0, out / "checkpoint.pt"
     if state := read_torch(checkpoint, "delete it to start over", model.device):
         if other := [k for k in settings if settings[k] != state["settings"][k]]:
@@ -126,6 +138,7 @@ def pretrain(
         print(f"resumed at step {step}", flush=True)
 
     model.train()
+    lead = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
     saved, begun = time.time(), time.time() - spent
     with replace_attention(model, lambda layer, q, k, v, real, scaling: dense_attention(q, k, v, real, scaling)):  # Falcon's own is slow
         while True:
@@ -143,7 +156,7 @@ def pretrain(
             texts = [train[n] for n in rng.choice(list(MIX), size=batch, p=list(MIX.values()))]
             x = torch.from_numpy(np.stack([t.at(int(rng.integers(len(t.tokens)))) for t in texts])).to(model.device)
             with autocast(model.device):
-                loss = model(input_ids=x, labels=x, use_cache=False).loss
+                loss = weighted_loss(model(input_ids=x, use_cache=False).logits, x, lead, answers)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -160,7 +173,7 @@ def pretrain(
     losses["this model"] = heldout_losses()
     card = {
         "command": f"python -m lesslib.pretrain --start {Path(start).name} --out OUT --minutes {minutes:g} --tokens {tokens} "
-        f"--batch {batch} --lr {lr:g} --seed {seed} --windows {windows}",
+        f"--batch {batch} --lr {lr:g} --seed {seed} --windows {windows} --answers {answers:g}",
         "data": {n: c.record() | {"share": MIX[n], "held_out_documents": HELD_OUT.get(n, 0)} for n, c in corpora.items()},
         "parameters": model.num_parameters(), "context": length, "vocabulary": model.config.vocab_size, "seed": seed, "steps": step,
         "tokens_seen_millions": round(seen / 1e6, 2), "minutes": round((now - begun) / 60, 1),
@@ -181,6 +194,7 @@ def main() -> None:
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     p.add_argument("--seed", type=int, default=0, help="of the order of windows")
     p.add_argument("--windows", type=int, default=64, help="held-out windows per corpus, each inside one document")
+    p.add_argument("--answers", type=float, default=10.0, help="how often the token after \"Answer:\" counts in the loss")
     p.add_argument("--save-every", type=float, default=240.0, help="seconds between checkpoints")
     keep_memory()
     pretrain(**vars(p.parse_args()))

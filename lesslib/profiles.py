@@ -43,7 +43,37 @@ PROFILES = {p.name: p for p in (
 )}  # fmt: skip
 
 
-FALCON = {"paper": "tiiuae/falcon-7b"}  # the second model of notebook 03, by profile; else pico-falcon
+MODELS = {"wide": "pico-llama-wide", "falcon": "pico-falcon"}  # the second and third model of the small profiles, by role
+HUB_MODELS = {"wide": "meta-llama/Llama-2-13b-hf", "falcon": "tiiuae/falcon-7b"}  # and of the profile paper
+
+
+def roles(profile: str) -> dict[str, str]:
+    """Model names by role: "llama" (the paper's Llama 2 7B), "wide" (13B) and "falcon"."""
+    return {"llama": PROFILES[profile].model, **(HUB_MODELS if profile == "paper" else MODELS)}
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Which tasks notebooks 05, 06 and 09 measure: (name, shots) of `lesslib.data.tasks`, and (name, shots, tokens to write)."""
+
+    classification: tuple[tuple[str, int], ...]
+    summaries: tuple[tuple[str, int, int], ...]
+    choices: int  # examples of a classification task
+    texts: int  # examples of a summarisation task
+    length: int = 400  # words of a story; real texts are cut there
+    lengths: tuple[int, ...] = (330, 380, 430, 480)  # the same, of notebook 09's prompts
+    withheld: int = 0  # examples asked without their text, to see what the question alone gives away
+
+
+STORIES = (("summary", 0, 80), ("sentence", 0, 40), ("tellings", 0, 80))
+REAL = (("cnn_dailymail", 0, 64), ("xsum", 0, 32), ("multi_news", 0, 64))
+TASKS = {
+    "smoke": Tasks((("yes_no", 1), ("reply", 0)), STORIES, choices=8, texts=4, length=330, lengths=(330,)),
+    "tiny": Tasks((("yes_no", 2), ("reply", 1)), STORIES, choices=100, texts=48, withheld=1000),
+    "wild": Tasks((("boolq", 1), ("mutual", 1)), REAL, choices=100, texts=24),
+    "paper": Tasks((("boolq", 10), ("mutual", 16)), (("cnn_dailymail", 5, 128), ("xsum", 5, 64), ("multi_news", 1, 256)),
+                   choices=1000, texts=1000, length=100_000, lengths=(100_000,)),
+}  # fmt: skip
 
 
 def get_profile(name: str | None = None) -> Profile:

@@ -1,0 +1,211 @@
+"""Storyworld: long English stories from a seeded world, with summaries, yes/no questions and next utterances that follow from them alone.
+
+A world is a cast of people, and for each of them one fact per relation: home, trade, possession, journey, promise. A story tells every
+fact once, in one of eight sentence patterns, among scenes and deeds that matter to no question; some facts come up again later. The
+tasks stand in for those of the paper: `summary` (CNN/DailyMail), `sentence` (XSum), `tellings` (MultiNews), `yes_no` (BoolQ), `reply`
+(MuTual). Every wrong answer is true of somebody else in the same story, so that without the story no answer is likelier than another.
+"""
+import functools
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KINDS = ("summary", "sentence", "tellings", "yes_no", "reply")
+HELDOUT = {"women": 0.2, "men": 0.2, "places": 0.2, "nouns": 0.2, "trades": 0.2}  # shares of the words that no training story uses
+ECHO = 0.4  # the chance that a fact comes up again
+LEADS = {"summary": "Summary:", "sentence": "In one sentence:", "tellings": "What all tellings say:"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One task: `text` to read, `lead` that asks, `options` (one reference for summaries), of which `options[right]` is true."""
+
+    kind: str
+    text: str
+    lead: str
+    options: tuple[str, ...]
+    right: int = 0
+
+    def shown(self, answer: bool = False, text: bool = True) -> str:
+        """The example as a prompt; with its right `answer` as a shot; without its `text` to see what the question alone gives away."""
+        asked = "\n".join(filter(None, (self.text if text else "", self.lead)))
+        return asked + " " + self.options[self.right] if answer else asked
+
+
+@dataclass(frozen=True)
+class Fact:
+    relation: str
+    person: str
+    value: str
+    other: str = ""  # to whom a promise was made
+
+
+@dataclass
+class World:
+    """People in the order of their appearance, and what is true of them."""
+
+    people: list[str]
+    man: dict[str, bool]
+    facts: dict[tuple[str, str], Fact] = field(default_factory=dict)  # by relation and person
+
+    def of(self, relation: str) -> list[Fact]:
+        return [f for (r, _), f in self.facts.items() if r == relation]
+
+
+@functools.cache
+def grammar() -> dict:
+    """Words and sentence patterns (assets/storyworld.json); `places` are made of their heads and tails."""
+    g: dict = json.loads((Path(__file__).parents[1] / "assets" / "storyworld.json").read_text())
+    return g | {"places": [a + b for a in g["place_heads"] for b in g["place_tails"]]}
+
+
+@functools.cache
+def words(kind: str, heldout: bool) -> tuple[str, ...]:
+    """The words of a kind that held-out stories use, or those that training stories use; no word is in both."""
+    ranked = sorted(grammar()[kind], key=lambda w: hashlib.sha256(w.encode()).hexdigest())
+    cut = round(len(ranked) * HELDOUT[kind])
+    return tuple(ranked[:cut] if heldout else ranked[cut:])
+
+
+def new_world(rng: random.Random, people: int, relations: tuple[str, ...], heldout: bool) -> World:
+    """A world of `people`, each with one fact per relation; no value is true of two of them."""
+    men = dict.fromkeys(rng.sample(words("men", heldout), people), True)
+    both = list((men | dict.fromkeys(rng.sample(words("women", heldout), people), False)).items())
+    world = World([], dict(rng.sample(both, people)))
+    world.people = list(world.man)
+    places, adjectives = rng.sample(words("places", heldout), 2 * people), rng.sample(grammar()["adjectives"], 2 * people)
+    things = [" ".join(pair) for pair in zip(adjectives, rng.sample(words("nouns", heldout), 2 * people), strict=True)]
+    trades = rng.sample(words("trades", heldout), people)
+    values = {"home": places, "journey": places[people:], "trade": trades, "possession": things, "promise": things[people:]}
+    circle = rng.sample(world.people, people)
+    for relation in relations:
+        for person, value in zip(world.people, values[relation], strict=False):
+            other = circle[(circle.index(person) + 1) % people] if relation == "promise" else ""
+            world.facts[relation, person] = Fact(relation, person, value, other)
+    return world
+
+
+def fill(pattern: str, rng: random.Random, world: World, fact: Fact) -> str:
+    """A pattern with the words of `fact` and of chance."""
+    man = world.man.get(fact.person, True)
+    pronouns = {"he": "he", "his": "his", "him": "him"} if man else {"he": "she", "his": "her", "him": "her"}
+    chance = {name: rng.choice(options) for name, options in grammar()["slots"].items()}
+    return pattern.format(p=fact.person, q=fact.other, v=fact.value, **pronouns, **chance)
+
+
+def tell(rng: random.Random, world: World, facts: list[Fact], length: int) -> str:
+    """The `facts` in order, each told once and some again later, among as many other sentences as make up `length` words."""
+    g = grammar()
+    told = [(i / max(1, len(facts)) * 0.6, rng.choice(g["relations"][f.relation]["told"]), f) for i, f in enumerate(facts)]
+    again = [(rng.uniform(0.65, 1), rng.choice(g["relations"][f.relation]["again"]), f) for f in facts if rng.random() < ECHO]
+    placed = [(at, fill(pattern, rng, world, f)) for at, pattern, f in told + again]
+    names, decks = ", ".join(world.people[:-1]) + " and " + world.people[-1], dict[str, list[str]]()
+    placed.append((-1.0, rng.choice(g["openings"]).format(cast=names)))
+    count = sum(len(s.split()) for _, s in placed)
+    while count < length:
+        kind = "deeds" if rng.random() < 0.3 else "scenes"
+        deck = decks.setdefault(kind, [])
+        deck += [] if deck else rng.sample(g[kind], len(g[kind]))  # none comes again before all have come
+        sentence = fill(deck.pop(), rng, world, Fact("", rng.choice(world.people), ""))
+        new_paragraph = kind == "scenes" and rng.random() < 0.3
+        placed.append((rng.random(), "\n" * new_paragraph + sentence))
+        count += len(sentence.split())
+    return " ".join(s for _, s in sorted(placed)).replace(" \n", "\n")
+
+
+def summary_of(world: World, kind: str) -> str:
+    """The reference: three people in order of appearance, the first one's promise, or all that is true of the first."""
+
+    def what(relation: str, person: str) -> str:
+        return world.facts[relation, person].value
+
+    hero, other = world.people[0], world.facts["promise", world.people[0]].other
+    if kind == "summary":
+        return " ".join(f"{p}, a {what('trade', p)} from {what('home', p)}, took the {what('possession', p)} to {what('journey', p)}."
+                        for p in world.people[:3])  # fmt: skip
+    if kind == "sentence":
+        return f"{hero} of {what('home', hero)} promised {other} a {what('promise', hero)} and travelled to {what('journey', hero)}."
+    return (f"{hero} lived in {what('home', hero)} and worked as a {what('trade', hero)}. {hero} owned a {what('possession', hero)} "
+            f"and took it to {what('journey', hero)}. {hero} promised {other} a {what('promise', hero)}.")  # fmt: skip
+
+
+def story(rng: random.Random, world: World, length: int, tellings: bool = False) -> str:
+    """A story of about `length` words. `tellings`: three of them, each with some facts, every fact in one at least."""
+    facts = rng.sample(list(world.facts.values()), len(world.facts))
+    if not tellings:
+        return tell(rng, world, facts, length)
+    told_in = [{rng.randrange(3)} | {i for i in range(3) if rng.random() < 0.25} for _ in facts]
+    parts = [[f for f, where in zip(facts, told_in, strict=True) if i in where] for i in range(3)]
+    heads = ("First telling.", "Second telling.", "Third telling.")
+    return "\n".join(f"{head} {tell(rng, world, part, length // 3)}" for head, part in zip(heads, parts, strict=True))
+
+
+def ask(rng: random.Random, world: World, text: str, kind: str) -> Example:
+    """One task of `kind` about a told world."""
+    if kind in LEADS:
+        return Example(kind, text, LEADS[kind], (summary_of(world, kind),))
+    fact = rng.choice(list(world.facts.values()))
+    r, rivals = grammar()["relations"][fact.relation], [f.value for f in world.of(fact.relation) if f != fact]
+    if kind == "yes_no":
+        true = rng.random() < 0.5
+        asked = Fact(fact.relation, fact.person, fact.value if true else rng.choice(rivals), fact.other)
+        return Example(kind, text, f"Question: {fill(rng.choice(r['yes_no']), rng, world, asked)}\nAnswer:", ("yes", "no"), 1 - true)
+    speaker = fact.other or rng.choice([p for p in world.people if p != fact.person])
+    question, answer = r["talk"]
+    values = rng.sample([fact.value, *rng.sample(rivals, 3)], 4)
+    lead = f'"{question.format(p=fact.person, q="me")}" asked {speaker}. {fact.person} answered:'
+    replies = tuple(f'"{answer.format(v=v, q="you")}"' for v in values)
+    return Example(kind, text, lead, replies, values.index(fact.value))
+
+
+def examples(kind: str, count: int, seed: int = 0, length: int = 450, heldout: bool = True, small: bool = False) -> list[Example]:
+    """`count` tasks of `kind`, each about a story of its own of about `length` words (4 words make some 7 tokens of pico-llama).
+
+    `small`: the shortest stories that the kind allows, as shots of a prompt. Example `i` does not depend on `count`. Raises ValueError for
+    an unknown kind, and for a length that cannot hold the facts.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of task {kind!r}: choose from {', '.join(KINDS)}")
+    every, people = tuple(grammar()["relations"]), {"tellings": 2, "sentence": 3, "summary": 4, "yes_no": 4, "reply": 4}[kind]
+    if small:
+        people, length = {"tellings": 2, "sentence": 2, "summary": 3, "yes_no": 2, "reply": 4}[kind], 0
+    elif length < (least := 16 * people * len(every)):
+        raise ValueError(f"length is {length}, too short for the {people * len(every)} facts of a {kind} story: give {least} words or more")
+    found = []
+    for i in range(count):
+        rng = random.Random(f"{kind}/{seed}/{i}/{heldout}/{small}")
+        world = new_world(rng, people, every if kind in LEADS or not small else (rng.choice(every),), heldout)
+        found.append(ask(rng, world, story(rng, world, length, kind == "tellings"), kind))
+    return found
+
+
+def lesson(rng: random.Random, heldout: bool) -> str:
+    """A short or long story, several tasks after it, and plain questions with their answers."""
+    every = tuple(grammar()["relations"])
+    people, relations = rng.choice((2, 3, 4, 4, 5)), tuple(rng.sample(every, rng.choice((1, 2, 3, 5, 5))))
+    world = new_world(rng, people, relations, heldout)
+    tellings, least = rng.random() < 0.2, 12 * people * len(relations)
+    text = story(rng, world, int(least * rng.choice((1.1, 1.1, 1.5, 2.5))), tellings)
+    tasks = []
+    for _ in range(rng.randint(4, 8)):
+        if rng.random() < 0.25:
+            fact = rng.choice(list(world.facts.values()))
+            question, answer = grammar()["relations"][fact.relation][rng.choice(("what", "who"))]
+            tasks.append(f"Question: {fill(question, rng, world, fact)}\nAnswer: {fill(answer, rng, world, fact)}")
+        else:
+            kind = rng.choice(("yes_no", "reply") if people >= 4 else ("yes_no",))
+            tasks.append(ask(rng, world, "", kind).shown(answer=True, text=False))
+    if len(relations) == len(every):
+        fit = ["tellings"] if tellings else ["sentence", "summary"] if people >= 3 else ["sentence"]
+        tasks.insert(rng.randrange(len(tasks)), ask(rng, world, "", rng.choice(fit)).shown(answer=True, text=False))
+    return "\n".join([text, *tasks])
+
+
+def lessons(count: int, seed: int, heldout: bool = False) -> Iterator[str]:
+    """`count` texts to pretrain on: one lesson, or two or three as in a prompt of several shots."""
+    for i in range(count):
+        rng = random.Random(f"lesson/{seed}/{i}/{heldout}")
+        yield "\n\n".join(lesson(rng, heldout) for _ in range(rng.choice((1, 1, 2, 3))))

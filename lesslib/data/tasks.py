@@ -1,0 +1,107 @@
+"""The tasks that answers are measured on, by the paper's datasets and by storyworld's stand-ins for them, as `Example`s with shots."""
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from . import hub_reachable, storyworld
+from .storyworld import Example
+
+SHOT_SEED = 1_000_003  # of the stories that are shown as shots
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows of a file of $LESS_DATA or of the hub, made to examples; `stand_in` is the kind of storyworld task that takes its place."""
+
+    stand_in: str
+    file: str
+    hub: tuple[str, str | None, str]  # repository, subset, split
+    example: Callable[[dict], Example]
+    title: str
+
+
+def _summarise(sentences: str) -> Callable[[dict], Example]:
+    def example(row: dict) -> Example:
+        article, summary = row.get("article") or row["document"], row.get("summary") or row["highlights"]
+        return Example("summary", f"Article: {article}", f"Summarize the above article in {sentences}.", (summary,))
+
+    return example
+
+
+def _boolq(row: dict) -> Example:
+    text = f"{row['title']}\n{row['passage']}" if row.get("title") else row["passage"]
+    return Example("yes_no", text, f"Question: {row['question']}?\nAnswer:", ("yes", "no"), 0 if row["answer"] else 1)
+
+
+def _mutual(row: dict) -> Example:
+    return Example("reply", row["article"], "", tuple(row["options"]), "ABCD".index(row["answers"]))
+
+
+DATASETS = {
+    "boolq": Dataset("yes_no", "boolq.jsonl.gz", ("google/boolq", None, "validation"), _boolq, "BoolQ"),
+    "mutual": Dataset("reply", "mutual.jsonl.gz", ("tasksource/mutual", None, "validation"), _mutual, "MuTual"),
+    "cnn_dailymail": Dataset("summary", "cnn_dailymail.jsonl.gz", ("abisee/cnn_dailymail", "3.0.0", "test"), _summarise("3 sentences"),
+                             "CNN/DailyMail"),
+    "xsum": Dataset("sentence", "xsum.jsonl.gz", ("EdinburghNLP/xsum", None, "test"), _summarise("1 sentence"), "XSum"),
+    "multi_news": Dataset("tellings", "multi_news.jsonl.gz", ("Awesome075/multi_news_parquet", None, "test"), _summarise("10 sentences"),
+                          "MultiNews"),
+}  # fmt: skip
+
+
+def missing(name: str) -> str | None:
+    """Why dataset `name` cannot be read here, with the fix; None when it can be (or the hub may be asked)."""
+    if name in storyworld.KINDS:
+        return None
+    if name not in DATASETS:
+        return f"unknown task {name!r}: choose from {', '.join((*storyworld.KINDS, *DATASETS))}"
+    file, folder = DATASETS[name].file, os.environ.get("LESS_DATA")
+    if folder and not (Path(folder) / file).is_file():
+        return f"task {name!r}: {file} is not in $LESS_DATA={folder}; put it there, or unset LESS_DATA to use the hub"
+    if not folder and not hub_reachable():
+        return f"task {name!r}: the hub cannot be reached; set LESS_DATA to a folder with {file}, or connect"
+    return None
+
+
+def _rows(name: str, count: int) -> Iterable[dict]:
+    dataset, folder = DATASETS[name], os.environ.get("LESS_DATA")
+    if folder:
+        with gzip.open(Path(folder) / dataset.file, "rt", encoding="utf-8") as f:
+            return [json.loads(line) for line in islice(f, count)]
+    from datasets import load_dataset
+
+    repo, subset, split = dataset.hub
+    return list(islice(load_dataset(repo, subset, split=split, streaming=True), count))
+
+
+def load_task(name: str, count: int, shots: int = 0, seed: int = 0, length: int = 450) -> tuple[list[Example], list[Example]]:
+    """(at most `count` examples to measure on, `shots` others to show before each) of a dataset or a kind of storyworld task.
+
+    Stories have about `length` words, their shots the fewest and words of the training stories; real texts are cut at `length` words.
+    Raises ValueError for an unknown name, too few rows or a damaged file, FileNotFoundError where the rows are not to be had.
+    """
+    if why := missing(name):
+        raise (FileNotFoundError if name in DATASETS else ValueError)(why)
+    if name in storyworld.KINDS:
+        shown = storyworld.examples(name, shots, SHOT_SEED + seed, heldout=False, small=True)
+        return storyworld.examples(name, count, seed, length), shown
+    try:
+        found = [DATASETS[name].example(row) for row in _rows(name, count + shots)]
+    except Exception as e:  # of gzip, zlib, UTF-8, JSON or a row that lacks a field; or of the hub's clients
+        fix = f"copy {DATASETS[name].file} into $LESS_DATA again, or check {DATASETS[name].hub[0]} on the hub"
+        raise ValueError(f"task {name!r} could not be read ({e!r}): {fix}") from e
+    if len(found) <= shots:
+        raise ValueError(f"task {name!r} has {len(found)} rows, no more than the {shots} shots: use a whole copy of it, or fewer shots")
+    return [replace(e, text=" ".join(e.text.split(" ")[:length])) for e in found[shots:]], found[:shots]
+
+
+def task_record(name: str, count: int, shots: int, length: int) -> dict:
+    """What a manifest says of a task's examples."""
+    examples, shown = load_task(name, count, shots, length=length)
+    origin = "made" if name in storyworld.KINDS else "folder" if os.environ.get("LESS_DATA") else "hub"
+    digest = hashlib.sha256(repr((examples, shown)).encode()).hexdigest()
+    return {"name": name, "origin": origin, "examples": len(examples), "sha256": digest}

@@ -1,0 +1,223 @@
+"""Tables 3 to 5 and Figures 6 to 8: tasks, attention maps, kernel sizes. As in `experiments`, a function each, to results."""
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .answers import continuations, option_scores, prompts, rouge
+from .cache import LessCache
+from .data.tasks import load_task, task_record
+from .evaluate import perplexity
+from .experiments import model_of, record, score, setting, windows_of
+from .hf import capture, less
+from .kernels import Kernels
+from .models import kernel_path, model_shape
+from .policies import get_policy, simulate
+from .profiles import TASKS, get_profile, roles
+from .results import results_dir
+from .train import train_for_profile
+
+METHODS = ("Full", "Baseline", "Baseline+", "LESS (5%)")
+MAP_TOKENS, MAP_SIZE, MAP_WINDOWS = 192, 64, 6  # of an attention map: tokens, its pixels, windows that distances are averaged over
+SIZES = (2, 4, 8, 16, 32)  # R of notebook 08
+
+
+def classify(
+    profile: str, seed: int, task: str, shots: int, count: int, length: int, method: str, text: bool = True, **case
+) -> dict[str, Any]:
+    """Accuracy of the likeliest option, whole prompts scored under one method; `text=False` withholds what the questions are about."""
+    p = get_profile(profile)
+    model, tokenizer = model_of(p.model)
+    examples, shown = load_task(task, count, shots, length=length)
+    options = [e.options for e in examples]
+    asked = prompts(examples, shown, tokenizer, model_shape(model)["context"] - 40, text)
+    with less(model, *setting(profile, seed, method, **case), mode="parallel"):
+        scores = option_scores(model, tokenizer, asked, options, p.batch)
+    right = [int(np.argmax(s) == e.right) for s, e in zip(scores, examples, strict=True)]
+    return {"accuracy": sum(right) / len(right), "right": right, "options": len(options[0])}
+
+
+def classification(profile: str, seed: int = 0) -> dict:
+    """Table 3: two tasks under a Lambda mask at 5% of the context, and what is left of them when the text is withheld."""
+    t, points = TASKS[profile], dict[str, dict]()
+    for task, shots in t.classification:
+        where = {"task": task, "shots": shots, "count": t.choices, "length": t.length}
+        points |= {f"{task}/{m}": where | {"method": m, "policy": "lambda", "fraction": 0.05} for m in METHODS}
+        if t.withheld:
+            points[f"{task}/withheld"] = where | {"method": "Full", "text": False, "shots": 0, "count": t.withheld}
+    data = [functools.partial(task_record, task, t.choices, shots, t.length) for task, shots in t.classification]
+    return record("classification", profile, seed, points, functools.partial(classify, profile, seed), *data)
+
+
+def summarise(
+    profile: str, seed: int, name: str, task: str, shots: int, new_tokens: int, count: int, length: int, method: str, text: bool = True,
+    temperature: float = 0.0, **case,
+) -> dict[str, Any]:  # fmt: skip
+    """ROUGE of what model `name` writes under one method, the prompt read densely; by example, with the first few texts."""
+    p, (model, tokenizer) = get_profile(profile), model_of(name)
+    examples, shown = load_task(task, count, shots, length=length)
+    asked = prompts(examples, shown, tokenizer, model_shape(model)["context"] - new_tokens, text)
+    policy, kernels = setting(profile, seed, method, name=name, **case)
+    cache = None if method == "Full" else functools.partial(LessCache, model, policy, kernels)
+    said = continuations(model, tokenizer, asked, new_tokens, cache, p.batch, temperature, seed)
+    references = [e.options[0] for e in examples]
+    scores = rouge(said, references)
+    other = rouge(said, references[1:] + references[:1])  # of another story's summary: what words alone are worth
+    return {
+        **{n: float(np.mean(s)) for n, s in scores.items()}, "scores": scores, "chance": {n: float(np.mean(s)) for n, s in other.items()},
+        "prompt_tokens": [len(a) for a in asked], "said": said[:4], "references": references[:4],
+    }  # fmt: skip
+
+
+# by role of a model: the budgets of its table, the percentages that its kernels are trained at, and the tasks (0: all)
+TABLES: dict[str, tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...]]] = {
+    "llama": ((0.05, 0.1), (2, 5), (0, 1, 2)), "wide": ((0.1,), (2, 5), (0, 1)), "falcon": ((0.05, 0.1, 0.2), (5, 10), (0, 1)),
+}  # fmt: skip
+
+
+def summarization(profile: str, role: str, seed: int = 0) -> dict:
+    """Tables 4 and 5 for one model: `role` "llama" (Table 5), "wide" or "falcon" (Table 4; also at the budgets that others reran)."""
+    t, name, (fractions, trained, tasks) = TASKS[profile], roles(profile)[role], TABLES[role]
+    chosen, points, data = [t.summaries[i] for i in tasks if i < len(t.summaries)], dict[str, dict](), []
+    if get_profile(profile).quick:
+        chosen, fractions, trained = chosen[:1], fractions[:1], trained[-1:]
+    for task, shots, new_tokens in chosen:
+        where = {"name": name, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": t.length}
+        points[f"{task}/Full"] = where | {"method": "Full"}
+        for f, m in itertools.product(fractions, ("Baseline", "Baseline+", *(f"LESS ({x}%)" for x in trained))):
+            points[f"{task}/{f:.0%}/{m}"] = where | {"method": m, "fraction": f}
+        if t.withheld:
+            points[f"{task}/withheld"] = where | {"method": "Full", "text": False, "shots": 0}
+        data.append(functools.partial(task_record, task, t.texts, shots, t.length))
+    compute = functools.partial(summarise, profile, seed)
+    return record(f"summarization_{role}", profile, seed, points, compute, *data, model_name=name)
+
+
+def prompt_length(profile: str, seed: int = 0) -> dict:
+    """Figure 8: ROUGE-1 against the prompt's length at 5% H2O, by example."""
+    p, t, points, data = get_profile(profile), TASKS[profile], dict[str, dict](), []
+    for task, shots, new_tokens in t.summaries[:2]:
+        for length in t.lengths:
+            where = {"name": p.model, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": length}
+            points |= {f"{task}/{length}/{m}": where | {"method": m, "fraction": 0.05} for m in METHODS}
+            data.append(functools.partial(task_record, task, t.texts, shots, length))
+    return record("prompt_length", profile, seed, points, functools.partial(summarise, profile, seed), *data)
+
+
+def attention_rows(
+    q: Tensor, k: Tensor, scaling: float, times: Tensor | None = None, kernels: Any = None
+) -> Tensor:
+    """Attention probabilities [B, Hq, S, S]: dense, over what eviction `times` [B, Hkv, S] keep, or with the low-rank part too.
+
+    The `kernels` of a layer give an evicted token j the weight phi(q_t) psi(k_j), as eq. 3 does. O(S^2) memory: for pictures.
+    """
+    S, groups = q.shape[2], q.shape[1] // k.shape[1]
+    t = torch.arange(S, device=q.device)
+    seen = (t <= t[:, None]).expand(q.shape[0], q.shape[1], S, S)
+    kept = seen if times is None else seen & (t[:, None] < times.repeat_interleave(groups, 1)[:, :, None])
+    logits = (q.float() @ k.repeat_interleave(groups, 1).float().mT * scaling).masked_fill(~kept, -torch.inf)
+    if kernels is None:
+        return logits.softmax(-1)
+    features = kernels.phi(q).float() @ kernels.psi(k).repeat_interleave(groups, 1).float().mT
+    return torch.where(kept, logits, features.log().masked_fill(~seen, -torch.inf)).softmax(-1)
+
+
+def hellinger(p: Tensor, q: Tensor) -> Tensor:
+    """Hellinger distance of distributions along the last dimension: 0 for equal ones, 1 for disjoint ones."""
+    return (1 - (p * q).sqrt().sum(-1)).clamp(min=0).sqrt()
+
+
+def attention_maps(profile: str, seed: int = 0) -> dict:
+    """Figure 6: distance of attention rows to the original by layer. Figures 9 to 11: maps of one head, original, sparse and LESS.
+
+    Every layer reads what the dense model gives it, so that its distance is its own and not the sum of the layers below.
+    """
+    p = get_profile(profile)
+    cases = [("llama", "h2o", 0.05)] + ([] if p.quick else [("llama", "lambda", 0.05), ("falcon", "h2o", 0.1)])
+    points = {f"{role}/{policy} {f:.0%}": {"name": roles(profile)[role], "policy": policy, "fraction": f} for role, policy, f in cases}
+
+    @torch.no_grad()
+    def compute(name: str, policy: str, fraction: float) -> dict:
+        model, _ = model_of(name)
+        chosen, kernels = setting(profile, seed, f"LESS ({fraction:.0%})", policy, fraction, name=name)
+        assert kernels is not None
+        kernels.to(model.device).eval()
+        windows = windows_of(profile, p.evaluation[0], name)
+        windows = windows[:: -(-len(windows) // MAP_WINDOWS)]
+        distances: dict[str, dict[str, list[float]]] = {}
+        maps: dict[str, list] = {}
+
+        def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scaling: float) -> None:
+            times = simulate(chosen, q, k, torch.ones(len(q), q.shape[2], dtype=torch.bool, device=q.device), scaling)
+            dense = attention_rows(q, k, scaling)
+            found = distances.setdefault(str(layer), {"sparse": [], "LESS": []})
+            for label, kernel in (("sparse", None), ("LESS", kernels[layer])):
+                rows = attention_rows(q, k, scaling, times, kernel)
+                past = hellinger(dense, rows)[:, :, chosen.budget :]
+                found[label].append(round(past.mean().item(), 5))
+                if layer == kernels_middle and label not in maps:
+                    maps[label] = picture(rows)
+            if layer == kernels_middle and "original" not in maps:
+                maps["original"] = picture(dense)
+
+        def picture(rows: Tensor) -> list:
+            """Mean of blocks of the last MAP_TOKENS tokens of the first text's head 0, with three digits."""
+            block = MAP_TOKENS // MAP_SIZE
+            last = rows[:1, :1, -MAP_TOKENS:, -MAP_TOKENS:]
+            return torch.nn.functional.avg_pool2d(last, block)[0, 0].double().numpy(force=True).round(4).tolist()
+
+        kernels_middle = model_shape(model)["layers"] // 2
+        with capture(model, keep):
+            for window in windows:
+                model(input_ids=torch.tensor([window.ids], device=model.device), use_cache=False)
+        return {"distances": distances, "maps": maps}
+
+    return record("attention_maps", profile, seed, points, compute, p.evaluation[0])
+
+
+def kernel_size(profile: str, seed: int = 0) -> dict:
+    """Figure 7: perplexity against R, beside the policy with R/2 more tokens, which hold as many bytes; H2O at 2% and 5%."""
+    p = get_profile(profile)
+    corpus, points = p.evaluation[0], dict[str, dict]()
+    for f, R in itertools.product((0.05,) if p.quick else (0.02, 0.05), (p.kernel_size,) if p.quick else SIZES):
+        points |= {f"{f:.0%}/{R}/{m}": {"fraction": f, "R": R, "method": m} for m in ("Baseline+", "LESS")}
+
+    def compute(fraction: float, R: int, method: str) -> dict:
+        if method == "Baseline+" or p.kernel_size == R:
+            known = "Baseline+" if method == "Baseline+" else f"LESS ({fraction:.0%})"
+            return score(profile, seed, corpus, known, fraction=fraction, extra=R // 2)
+        path = kernel_path(p.model, "h2o", fraction, results_dir(profile) / "kernels" / f"R{R}", seed)
+        curves = {} if path.is_file() else train_for_profile(replace(p, kernel_size=R), "h2o", fraction, path, seed)
+        model = model_of(p.model)[0]
+        policy = get_policy("h2o").from_fraction(fraction, model_shape(model)["context"])
+        with less(model, policy, Kernels.load(path), mode="parallel"):
+            return perplexity(model, windows_of(profile, corpus), p.batch) | {"layers": curves}
+
+    return record("kernel_size", profile, seed, points, compute, corpus, *p.training)
+
+
+def seeds(profile: str, seed: int = 0, count: int = 3) -> dict:
+    """The headline rows again with kernels of other seeds: perplexity and ROUGE of LESS (5%) at 5% H2O."""
+    p, t = get_profile(profile), TASKS[profile]
+    corpora, points = p.evaluation, dict[str, dict]()
+    for s in range(seed, seed + count):
+        points |= {f"kernels/{s}": {"s": s}} | {f"{c}/{s}": {"s": s, "corpus": c} for c in corpora}
+        for task, shots, new_tokens in t.summaries:
+            points[f"{task}/{s}"] = {"s": s, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": t.length}
+
+    def compute(s: int, corpus: str | None = None, **case) -> dict:
+        where: dict[str, Any] = {"method": "LESS (5%)", "fraction": 0.05}
+        if corpus:
+            return score(profile, s, corpus, **where)
+        if case:
+            return summarise(profile, s, p.model, **case, **where)
+        path = kernel_path(p.model, "h2o", 0.05, results_dir(profile) / "kernels", s)
+        return {"layers": {} if path.is_file() else train_for_profile(p, "h2o", 0.05, path, s), "recipe": asdict(p)["lr"]}
+
+    return record("seeds", profile, seed, points, compute, *corpora, *p.training)
