@@ -40,7 +40,8 @@ def imports(file: str) -> set[tuple[str, str]]:
 
 def upward(file: str) -> set[str]:
     """Modules of lesslib that `file` imports from a line above its own."""
-    used = {part.removeprefix("lesslib.") for base, name in imports(file) for part in (base, f"{base}.{name}")} & set(LEVEL)
+    parts = {part for base, name in imports(file) for part in (base, f"{base}.{name}")}  # `import evaluate` is Hugging Face's, not ours
+    used = {part.removeprefix("lesslib.") for part in parts if part.startswith("lesslib.")} & set(LEVEL)
     return {name for name in used if LEVEL[name] < LEVEL[module(file)]}
 
 
@@ -56,7 +57,10 @@ def test_style_and_types_are_clean(tool):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-LINES = {"training and scoring": 2500, "decoding: cache, hooks, benchmark, harness, a second model": 700}  # what each stage may add
+LINES = {  # what each stage may add
+    "training and scoring": 2500, "decoding: cache, hooks, benchmark, harness, a second model": 700,
+    "tasks: stories, datasets, answers, the experiments on them": 800,
+}  # fmt: skip
 
 
 def test_lesslib_stays_small():

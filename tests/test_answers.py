@@ -1,0 +1,105 @@
+"""Answers: likelihoods against a plain loop, texts against generate, prompts that fit, ROUGE, paired intervals."""
+import numpy as np
+import pytest
+import torch
+
+from lesslib import H2O, LessCache, less
+from lesslib.answers import continuations, option_scores, paired, prompts, rouge
+from lesslib.data import encode
+from lesslib.data.storyworld import Example, examples
+from lesslib.models import load_model
+from lesslib.pretrain import weighted_loss
+
+
+@pytest.fixture(scope="module")
+def pico():
+    return load_model("pico-llama", "cpu", torch.float64)
+
+
+@pytest.mark.parametrize("evicting", [False, True])
+def test_likelihoods_equal_a_plain_loop(pico, evicting):
+    import contextlib
+
+    model, tokenizer = pico
+    asked = [encode(tokenizer, "The name of the town is" + " far away" * n) for n in (1, 30)]
+    options = [(" yes", "no"), ("a lamp on the hill", "a lamp")]
+    options = [tuple(o.strip() for o in chosen) for chosen in options]
+    context = less(model, H2O(heavy=6, recent=6), None) if evicting else contextlib.nullcontext()
+    with context, torch.no_grad():
+        got = option_scores(model, tokenizer, asked, options, batch=2)
+        for prompt, chosen, scores in zip(asked, options, got, strict=True):
+            for option, score in zip(chosen, scores, strict=True):
+                ids = tokenizer(" " + option, add_special_tokens=False)["input_ids"]
+                logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[0].float().log_softmax(-1)
+                expected = sum(logits[len(prompt) - 1 + i, t].item() for i, t in enumerate(ids))
+                assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_texts_equal_generate_row_by_row(pico):
+    model, tokenizer = pico
+    asked = [encode(tokenizer, text) for text in ("The river rose and", "Once there was a man who had three sons, and the eldest of them")]
+
+    def cache():
+        return LessCache(model, H2O(heavy=6, recent=6), None)
+
+    for make in (None, cache):
+        together = continuations(model, tokenizer, asked, 12, make, batch=2)
+        assert together == [continuations(model, tokenizer, [a], 12, make)[0] for a in asked]
+        assert all("\n" not in text for text in together)
+    ids = torch.tensor([asked[0]])
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, len(asked[0]) :]
+    assert continuations(model, tokenizer, asked[:1], 12)[0] == tokenizer.decode(plain, skip_special_tokens=True).strip().split("\n")[0]
+
+
+def test_sampling_depends_on_the_seed_alone(pico):
+    model, tokenizer = pico
+    asked = [encode(tokenizer, "The river rose and")]
+    a, b, c = (continuations(model, tokenizer, asked, 12, temperature=1.0, seed=s)[0] for s in (0, 0, 1))
+    assert a == b != c
+
+
+def test_prompts_drop_shots_before_text_and_text_before_the_question(pico):
+    tokenizer = pico[1]
+    found, shots = examples("yes_no", 1), examples("yes_no", 3, heldout=False, small=True)
+    whole = prompts(found, shots, tokenizer, 10_000)[0]
+    assert tokenizer.decode(whole[1:]) == "\n\n".join([*(s.shown(answer=True) for s in shots), found[0].shown()])
+    alone = encode(tokenizer, found[0].shown())
+    assert prompts(found, shots, tokenizer, len(alone))[0] == alone
+    cut = prompts(found, shots, tokenizer, 200)[0]
+    assert 190 <= len(cut) <= 200
+    assert tokenizer.decode(cut).endswith(found[0].lead)
+    assert tokenizer.decode(prompts(found, [], tokenizer, 200, text=False)[0][1:]) == found[0].lead
+    with pytest.raises(ValueError, match="does not fit into 5: use a model with a longer context"):
+        prompts(found, shots, tokenizer, 5)
+
+
+def test_rouge_of_known_pairs():
+    scores = rouge(["the cat sat", "", "lamps burn here"], ["the cat ran", "a word", "lamp burning here"])
+    assert scores["rouge1"] == pytest.approx([66.667, 0, 100], abs=1e-3)
+    assert scores["rouge2"] == pytest.approx([50, 0, 100], abs=1e-3)
+    assert scores["rougeL"] == pytest.approx([66.667, 0, 100], abs=1e-3)
+
+
+def test_paired_interval_is_of_the_differences():
+    rng = np.random.default_rng(0)
+    a = rng.normal(50, 20, 200)
+    b = a - 1 + rng.normal(0, 0.5, 200)
+    mean, low, high = paired(list(a), list(b))
+    assert 0.8 < low < mean < high < 1.2
+    assert mean == pytest.approx(np.mean(a - b))
+    with pytest.raises(ValueError, match="2 and 1 examples cannot be paired"):
+        paired([1.0, 2.0], [1.0])
+
+
+def test_weighted_loss_counts_answers_as_often_as_asked():
+    ids, logits = torch.randint(4, 9, (2, 30)), torch.randn(2, 30, 9)
+    ids[0, 5:8] = ids[1, 12:15] = torch.tensor([1, 2, 3])
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    weights = torch.ones(2, 29)
+    weights[0, 7] = weights[1, 14] = 10
+    assert weighted_loss(logits, ids, [1, 2, 3], 10.0).item() == pytest.approx(((losses * weights).sum() / weights.sum()).item(), rel=1e-5)
+    assert weighted_loss(logits, ids, [1, 2, 3], 1.0).item() == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+def test_an_example_without_a_lead_is_its_text():
+    assert Example("reply", "m : hi", "", ("a",)).shown() == "m : hi"
