@@ -85,8 +85,8 @@ def continuations(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    torch.manual_seed(seed)
-    with contextlib.nullcontext() if cache is None else less(model):
+    with torch.random.fork_rng(), contextlib.nullcontext() if cache is None else less(model):
+        torch.manual_seed(seed)
         for start in range(0, len(order), batch):
             progress("summaries", start, len(order))
             rows = order[start : start + batch]

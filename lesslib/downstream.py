@@ -3,29 +3,31 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import asdict, replace
-from typing import Any
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .answers import continuations, option_scores, prompts, rouge
 from .cache import LessCache
+from .data import encode
 from .data.tasks import load_task, task_record
-from .evaluate import perplexity
-from .experiments import model_of, record, score, setting, windows_of
+from .experiments import kernels_dir, model_of, record, score, setting, windows_of
 from .hf import capture, less
 from .kernels import Kernels
-from .models import kernel_path, model_shape
-from .policies import get_policy, simulate
+from .models import check_fit, kernel_path, model_shape
+from .policies import simulate
 from .profiles import TASKS, get_profile, roles
-from .results import results_dir
 from .train import train_for_profile
 
 METHODS = ("Full", "Baseline", "Baseline+", "LESS (5%)")
 MAP_TOKENS, MAP_SIZE, MAP_WINDOWS = 192, 64, 6  # of an attention map: tokens, its pixels, windows that distances are averaged over
 SIZES = (2, 4, 8, 16, 32)  # R of notebook 08
+task_of = functools.lru_cache(maxsize=8)(load_task)
 
 
 def classify(
@@ -34,9 +36,10 @@ def classify(
     """Accuracy of the likeliest option, whole prompts scored under one method; `text=False` withholds what the questions are about."""
     p = get_profile(profile)
     model, tokenizer = model_of(p.model)
-    examples, shown = load_task(task, count, shots, length=length)
+    examples, shown = task_of(task, count, shots, length=length)
     options = [e.options for e in examples]
-    asked = prompts(examples, shown, tokenizer, model_shape(model)["context"] - 40, text)
+    longest = max(len(encode(tokenizer, " " + o)) for chosen in options for o in chosen)
+    asked = prompts(examples, shown, tokenizer, model_shape(model)["context"] - longest, text)
     with less(model, *setting(profile, seed, method, **case), mode="parallel"):
         scores = option_scores(model, tokenizer, asked, options, p.batch)
     right = [int(np.argmax(s) == e.right) for s, e in zip(scores, examples, strict=True)]
@@ -61,7 +64,7 @@ def summarise(
 ) -> dict[str, Any]:  # fmt: skip
     """ROUGE of what model `name` writes under one method, the prompt read densely; by example, with the first few texts."""
     p, (model, tokenizer) = get_profile(profile), model_of(name)
-    examples, shown = load_task(task, count, shots, length=length)
+    examples, shown = task_of(task, count, shots, length=length)
     asked = prompts(examples, shown, tokenizer, model_shape(model)["context"] - new_tokens, text)
     policy, kernels = setting(profile, seed, method, name=name, **case)
     cache = None if method == "Full" else functools.partial(LessCache, model, policy, kernels)
@@ -75,19 +78,19 @@ def summarise(
     }  # fmt: skip
 
 
-# by role of a model: the budgets of its table, the percentages that its kernels are trained at, and the tasks (0: all)
-TABLES: dict[str, tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...]]] = {
-    "llama": ((0.05, 0.1), (2, 5), (0, 1, 2)), "wide": ((0.1,), (2, 5), (0, 1)), "falcon": ((0.05, 0.1, 0.2), (5, 10), (0, 1)),
+# by role of a model: the budgets of its table, the percentages that its kernels are trained at, and how many of the tasks
+TABLES: dict[str, tuple[tuple[float, ...], tuple[int, ...], int]] = {
+    "llama": ((0.05, 0.1), (2, 5), 3), "wide": ((0.1,), (2, 5), 2), "falcon": ((0.05, 0.1, 0.2), (5, 10), 2),
 }  # fmt: skip
 
 
 def summarization(profile: str, role: str, seed: int = 0) -> dict:
     """Tables 4 and 5 for one model: `role` "llama" (Table 5), "wide" or "falcon" (Table 4; also at the budgets that others reran)."""
     t, name, (fractions, trained, tasks) = TASKS[profile], roles(profile)[role], TABLES[role]
-    chosen, points, data = [t.summaries[i] for i in tasks if i < len(t.summaries)], dict[str, dict](), []
+    points, data = dict[str, dict](), []
     if get_profile(profile).quick:
-        chosen, fractions, trained = chosen[:1], fractions[:1], trained[-1:]
-    for task, shots, new_tokens in chosen:
+        fractions, trained, tasks = fractions[:1], trained[-1:], 1
+    for task, shots, new_tokens in t.summaries[:tasks]:
         where = {"name": name, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": t.length}
         points[f"{task}/Full"] = where | {"method": "Full"}
         for f, m in itertools.product(fractions, ("Baseline", "Baseline+", *(f"LESS ({x}%)" for x in trained))):
@@ -110,9 +113,7 @@ def prompt_length(profile: str, seed: int = 0) -> dict:
     return record("prompt_length", profile, seed, points, functools.partial(summarise, profile, seed), *data)
 
 
-def attention_rows(
-    q: Tensor, k: Tensor, scaling: float, times: Tensor | None = None, kernels: Any = None
-) -> Tensor:
+def attention_rows(q: Tensor, k: Tensor, scaling: float, times: Tensor | None = None, kernels: Any = None) -> Tensor:
     """Attention probabilities [B, Hq, S, S]: dense, over what eviction `times` [B, Hkv, S] keep, or with the low-rank part too.
 
     The `kernels` of a layer give an evicted token j the weight phi(q_t) psi(k_j), as eq. 3 does. O(S^2) memory: for pictures.
@@ -133,6 +134,12 @@ def hellinger(p: Tensor, q: Tensor) -> Tensor:
     return (1 - (p * q).sqrt().sum(-1)).clamp(min=0).sqrt()
 
 
+def picture(rows: Tensor) -> list:
+    """An attention map for a figure: of the first text's head 0, the last MAP_TOKENS tokens, averaged to MAP_SIZE x MAP_SIZE."""
+    last = rows[:1, :1, -MAP_TOKENS:, -MAP_TOKENS:]
+    return F.avg_pool2d(last, MAP_TOKENS // MAP_SIZE)[0, 0].double().numpy(force=True).round(4).tolist()
+
+
 def attention_maps(profile: str, seed: int = 0) -> dict:
     """Figure 6: distance of attention rows to the original by layer. Figures 9 to 11: maps of one head, original, sparse and LESS.
 
@@ -142,37 +149,25 @@ def attention_maps(profile: str, seed: int = 0) -> dict:
     cases = [("llama", "h2o", 0.05)] + ([] if p.quick else [("llama", "lambda", 0.05), ("falcon", "h2o", 0.1)])
     points = {f"{role}/{policy} {f:.0%}": {"name": roles(profile)[role], "policy": policy, "fraction": f} for role, policy, f in cases}
 
-    @torch.no_grad()
     def compute(name: str, policy: str, fraction: float) -> dict:
         model, _ = model_of(name)
         chosen, kernels = setting(profile, seed, f"LESS ({fraction:.0%})", policy, fraction, name=name)
-        assert kernels is not None
-        kernels.to(model.device).eval()
+        check_fit(model, chosen, kernels)
         windows = windows_of(profile, p.evaluation[0], name)
         windows = windows[:: -(-len(windows) // MAP_WINDOWS)]
-        distances: dict[str, dict[str, list[float]]] = {}
+        distances: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         maps: dict[str, list] = {}
 
         def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scaling: float) -> None:
             times = simulate(chosen, q, k, torch.ones(len(q), q.shape[2], dtype=torch.bool, device=q.device), scaling)
-            dense = attention_rows(q, k, scaling)
-            found = distances.setdefault(str(layer), {"sparse": [], "LESS": []})
-            for label, kernel in (("sparse", None), ("LESS", kernels[layer])):
-                rows = attention_rows(q, k, scaling, times, kernel)
-                past = hellinger(dense, rows)[:, :, chosen.budget :]
-                found[label].append(round(past.mean().item(), 5))
-                if layer == kernels_middle and label not in maps:
-                    maps[label] = picture(rows)
-            if layer == kernels_middle and "original" not in maps:
-                maps["original"] = picture(dense)
+            rows = {"original": attention_rows(q, k, scaling), "sparse": attention_rows(q, k, scaling, times)}
+            rows["LESS"] = attention_rows(q, k, scaling, times, cast(Kernels, kernels)[layer])
+            for label in ("sparse", "LESS"):
+                past = hellinger(rows["original"], rows[label])[:, :, chosen.budget :]
+                distances[str(layer)][label].append(round(past.mean().item(), 5))
+            if layer == model_shape(model)["layers"] // 2 and not maps:
+                maps.update({label: picture(x) for label, x in rows.items()})
 
-        def picture(rows: Tensor) -> list:
-            """Mean of blocks of the last MAP_TOKENS tokens of the first text's head 0, with three digits."""
-            block = MAP_TOKENS // MAP_SIZE
-            last = rows[:1, :1, -MAP_TOKENS:, -MAP_TOKENS:]
-            return torch.nn.functional.avg_pool2d(last, block)[0, 0].double().numpy(force=True).round(4).tolist()
-
-        kernels_middle = model_shape(model)["layers"] // 2
         with capture(model, keep):
             for window in windows:
                 model(input_ids=torch.tensor([window.ids], device=model.device), use_cache=False)
@@ -186,18 +181,13 @@ def kernel_size(profile: str, seed: int = 0) -> dict:
     p = get_profile(profile)
     corpus, points = p.evaluation[0], dict[str, dict]()
     for f, R in itertools.product((0.05,) if p.quick else (0.02, 0.05), (p.kernel_size,) if p.quick else SIZES):
-        points |= {f"{f:.0%}/{R}/{m}": {"fraction": f, "R": R, "method": m} for m in ("Baseline+", "LESS")}
+        points |= {f"{f:.0%}/{R}/{m}": {"fraction": f, "kernel_size": R, "method": m} for m in ("Baseline+", f"LESS ({f:.0%})")}
 
-    def compute(fraction: float, R: int, method: str) -> dict:
-        if method == "Baseline+" or p.kernel_size == R:
-            known = "Baseline+" if method == "Baseline+" else f"LESS ({fraction:.0%})"
-            return score(profile, seed, corpus, known, fraction=fraction, extra=R // 2)
-        path = kernel_path(p.model, "h2o", fraction, results_dir(profile) / "kernels" / f"R{R}", seed)
-        curves = {} if path.is_file() else train_for_profile(replace(p, kernel_size=R), "h2o", fraction, path, seed)
-        model = model_of(p.model)[0]
-        policy = get_policy("h2o").from_fraction(fraction, model_shape(model)["context"])
-        with less(model, policy, Kernels.load(path), mode="parallel"):
-            return perplexity(model, windows_of(profile, corpus), p.batch) | {"layers": curves}
+    def compute(fraction: float, kernel_size: int, method: str) -> dict:
+        if method.startswith("LESS") and kernel_size != p.kernel_size:
+            path = kernel_path(p.model, "h2o", fraction, kernels_dir(profile, kernel_size), seed)
+            train_for_profile(replace(p, kernel_size=kernel_size), "h2o", fraction, path, seed)
+        return score(profile, seed, corpus, method, fraction=fraction, kernel_size=kernel_size)
 
     return record("kernel_size", profile, seed, points, compute, corpus, *p.training)
 
@@ -205,11 +195,13 @@ def kernel_size(profile: str, seed: int = 0) -> dict:
 def seeds(profile: str, seed: int = 0, count: int = 3) -> dict:
     """The headline rows again with kernels of other seeds: perplexity and ROUGE of LESS (5%) at 5% H2O."""
     p, t = get_profile(profile), TASKS[profile]
-    corpora, points = p.evaluation, dict[str, dict]()
+    corpora, points, data = p.evaluation, dict[str, dict](), []
     for s in range(seed, seed + count):
         points |= {f"kernels/{s}": {"s": s}} | {f"{c}/{s}": {"s": s, "corpus": c} for c in corpora}
         for task, shots, new_tokens in t.summaries:
             points[f"{task}/{s}"] = {"s": s, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": t.length}
+    for task, shots, _ in t.summaries:
+        data.append(functools.partial(task_record, task, t.texts, shots, t.length))
 
     def compute(s: int, corpus: str | None = None, **case) -> dict:
         where: dict[str, Any] = {"method": "LESS (5%)", "fraction": 0.05}
@@ -217,7 +209,7 @@ def seeds(profile: str, seed: int = 0, count: int = 3) -> dict:
             return score(profile, s, corpus, **where)
         if case:
             return summarise(profile, s, p.model, **case, **where)
-        path = kernel_path(p.model, "h2o", 0.05, results_dir(profile) / "kernels", s)
-        return {"layers": {} if path.is_file() else train_for_profile(p, "h2o", 0.05, path, s), "recipe": asdict(p)["lr"]}
+        path = kernel_path(p.model, "h2o", 0.05, kernels_dir(profile, p.kernel_size), s)
+        return {"layers": train_for_profile(p, "h2o", 0.05, path, s)}
 
-    return record("seeds", profile, seed, points, compute, *corpora, *p.training)
+    return record("seeds", profile, seed, points, compute, *corpora, *p.training, *data)

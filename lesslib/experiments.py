@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -56,25 +57,31 @@ def record(
     return sweep(name, profile, seed, points, compute, data, VERSION)
 
 
+def kernels_dir(profile: str, kernel_size: int) -> Path:
+    """Where a profile's own kernels lie; those of another R than the profile's in a folder of their own."""
+    folder = results_dir(profile) / "kernels"
+    return folder if kernel_size == get_profile(profile).kernel_size else folder / f"R{kernel_size}"
+
+
 def setting(
     profile: str, seed: int, method: str, policy: str = "h2o", fraction: float = 1.0, carried: bool = False, name: str | None = None,
-    extra: int | None = None,
+    kernel_size: int | None = None,
 ) -> tuple[Policy, Kernels | None]:  # fmt: skip
-    """(policy, kernels) of one method: Full, Baseline, Baseline+ (with `extra` tokens, or R/2), Performer, or LESS (p%).
+    """(policy, kernels) of one method: Full, Baseline, Baseline+, Performer, or LESS (p%) with kernels trained at p%.
 
-    Its kernels were trained at p%: by this profile on this machine, or else (profiles smoke and tiny) they are the package's own.
+    `kernel_size`: R, of the profile's unless given.
     """
     p, kernels = get_profile(profile), None
+    R = kernel_size or p.kernel_size
     shape = model_shape(model_of(name or p.model)[0])
     chosen: Policy = Full() if method == "Full" else get_policy(policy).from_fraction(fraction, shape["context"])
     if method == "Baseline+":
-        chosen = chosen.plus(p.kernel_size // 2 if extra is None else extra)
+        chosen = chosen.plus(R // 2)
     elif method == "Performer":
-        kernels = Kernels.performer(shape, p.kernel_size, seed)
+        kernels = Kernels.performer(shape, R, seed)
     elif method.startswith("LESS"):
-        at, folder = float(method[6:-2]) / 100, results_dir(profile) / "kernels"
-        ours = kernel_path(name or p.model, policy, at, folder, seed).is_file() or profile not in ("smoke", "tiny")
-        kernels = load_kernels(name or p.model, policy, at, None if p.quick or carried or not ours else folder, seed)
+        trained = () if p.quick or carried else (kernels_dir(profile, R), seed)  # by notebook 02, or those of the package
+        kernels = load_kernels(name or p.model, policy, float(method[6:-2]) / 100, *trained)
     return chosen, kernels
 
 

@@ -19,7 +19,7 @@ from .models import autocast, keep_memory, load_model
 from .parallel import dense_attention
 from .results import read_torch, write_json, write_torch
 
-MIX = {"stories-train": 0.65, "wikipedia": 0.18, "novels": 0.12, "topics-train": 0.05}
+MIX = {"wikipedia": 0.57, "novels": 0.38, "topics-train": 0.05}
 HELD_OUT = {"wikipedia": 100, "novels": 3}  # documents never trained on, after a shuffle with seed 0
 
 
@@ -53,7 +53,8 @@ def new_falcon(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def split(corpora: dict[str, Corpus]) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
     """(training documents, held-out documents) per corpus. Raises ValueError where holding out leaves nothing to train on."""
     rng, train = random.Random(0), {name: list(corpus.documents) for name, corpus in corpora.items()}
-    held = {name: list(load_corpus(f"{name}-heldout").documents) for name in ("topics", "stories")}
+    held = {name.removesuffix("-train"): list(load_corpus(name.replace("-train", "-heldout")).documents)
+            for name in corpora if name.endswith("-train")}  # fmt: skip
     for name, out in HELD_OUT.items():
         rng.shuffle(train[name])
         held[name], train[name] = train[name][:out], train[name][out:]
@@ -107,8 +108,8 @@ def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, lead: list[int], weig
 
 
 def pretrain(
-    start: str, out: Path, minutes: float, tokens: int, batch: int, lr: float, seed: int, windows: int, answers: float = 10.0,
-    save_every: float = 240,
+    start: str, out: Path, minutes: float, tokens: int, batch: int, lr: float, seed: int, windows: int, stories: float = 0.0,
+    answers: float = 1.0, save_every: float = 240,
 ) -> dict:  # fmt: skip
     """Continue `start` (a carried model, a folder, a hub name, "new-falcon") into `out`; returns the model card beside the weights.
 
@@ -116,7 +117,8 @@ def pretrain(
     Raises ValueError for a checkpoint that is damaged or of other settings, FloatingPointError for a loss that is not finite.
     """
     model, tokenizer = new_falcon(seed) if start == "new-falcon" else load_model(start, dtype=torch.float32)
-    length, corpora = model.config.max_position_embeddings, {name: load_corpus(name) for name in MIX}
+    mix = {name: (1 - stories) * share for name, share in MIX.items()} | ({"stories-train": stories} if stories else {})
+    length, corpora = model.config.max_position_embeddings, {name: load_corpus(name) for name in mix}
     train, held = ({n: Windows(token_file(out, n, d, tokenizer), length, tokenizer.bos_token_id) for n, d in part.items()}
                    for part in split(corpora))  # fmt: skip
 
@@ -127,7 +129,8 @@ def pretrain(
     losses = {"start": heldout_losses()}
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix], "weight_decay": 0.1 * matrix} for matrix in (1, 0)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    settings = {"batch": batch, "lr": lr, "seed": seed, "answers": answers, "data": {n: c.sha256 for n, c in corpora.items()}}
+    settings: dict[str, Any] = {"batch": batch, "lr": lr, "seed": seed, "stories": stories, "answers": answers}
+    settings["data"] = {n: c.sha256 for n, c in corpora.items()}
     step, spent, checkpoint = 0, 0.0, out / "checkpoint.pt"
     if state := read_torch(checkpoint, "delete it to start over", model.device):
         if other := [k for k in settings if settings[k] != state["settings"][k]]:
@@ -153,7 +156,7 @@ def pretrain(
             for g in optimizer.param_groups:
                 g["lr"] = lr * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * (1 - done))
             rng = np.random.default_rng((seed, step))  # by step, so that a resumed run draws what an uninterrupted one would
-            texts = [train[n] for n in rng.choice(list(MIX), size=batch, p=list(MIX.values()))]
+            texts = [train[n] for n in rng.choice(list(mix), size=batch, p=list(mix.values()))]
             x = torch.from_numpy(np.stack([t.at(int(rng.integers(len(t.tokens)))) for t in texts])).to(model.device)
             with autocast(model.device):
                 loss = weighted_loss(model(input_ids=x, use_cache=False).logits, x, lead, answers)
@@ -173,8 +176,9 @@ def pretrain(
     losses["this model"] = heldout_losses()
     card = {
         "command": f"python -m lesslib.pretrain --start {Path(start).name} --out OUT --minutes {minutes:g} --tokens {tokens} "
-        f"--batch {batch} --lr {lr:g} --seed {seed} --windows {windows} --answers {answers:g}",
-        "data": {n: c.record() | {"share": MIX[n], "held_out_documents": HELD_OUT.get(n, 0)} for n, c in corpora.items()},
+        f"--batch {batch} --lr {lr:g} --seed {seed} --windows {windows}"
+        + (f" --stories {stories:g} --answers {answers:g}" if stories else ""),
+        "data": {n: c.record() | {"share": round(mix[n], 4), "held_out_documents": HELD_OUT.get(n, 0)} for n, c in corpora.items()},
         "parameters": model.num_parameters(), "context": length, "vocabulary": model.config.vocab_size, "seed": seed, "steps": step,
         "tokens_seen_millions": round(seen / 1e6, 2), "minutes": round((now - begun) / 60, 1),
         "device": str(model.device), "torch": torch.__version__, "heldout_loss_by_position": losses,
@@ -194,7 +198,8 @@ def main() -> None:
     p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     p.add_argument("--seed", type=int, default=0, help="of the order of windows")
     p.add_argument("--windows", type=int, default=64, help="held-out windows per corpus, each inside one document")
-    p.add_argument("--answers", type=float, default=10.0, help="how often the token after \"Answer:\" counts in the loss")
+    p.add_argument("--stories", type=float, default=0.0, help="share of the windows that are of storyworld's stories and tasks")
+    p.add_argument("--answers", type=float, default=1.0, help="how often the token after \"Answer:\" counts in the loss")
     p.add_argument("--save-every", type=float, default=240.0, help="seconds between checkpoints")
     keep_memory()
     pretrain(**vars(p.parse_args()))

@@ -110,9 +110,9 @@ def test_a_finished_run_is_not_trained_further_and_its_card_tells_of_it(start, c
     assert json.loads((tmp_path / "model" / "card.json").read_text()) == again
     assert card["steps"] == 6
     assert card["tokens_seen_millions"] == round(6 * 2 * 32 / 1e6, 2)
-    assert card["data"]["novels"] == corpora["novels"].record() | {"share": 0.12, "held_out_documents": 3}
+    assert card["data"]["novels"] == corpora["novels"].record() | {"share": 0.38, "held_out_documents": 3}
     for losses in card["heldout_loss_by_position"].values():
-        assert set(losses) == {"wikipedia", "novels", "topics", "stories"}
+        assert set(losses) == {"wikipedia", "novels", "topics"}
         assert losses["novels"]["by_position"] == [pytest.approx(losses["novels"]["all"], abs=1e-4)]  # 31 positions lie in one bin
 
 
@@ -196,4 +196,4 @@ def test_the_command_line_passes_every_setting(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", f"pretrain --start a --out {tmp_path} --minutes inf --lr 0.1 --windows 5".split())
     module.main()
     assert seen == {"start": "a", "out": tmp_path, "minutes": math.inf, "tokens": 100_000_000, "batch": 8, "lr": 0.1, "seed": 0,
-                    "windows": 5, "answers": 10.0, "save_every": 240}  # fmt: skip
+                    "windows": 5, "stories": 0.0, "answers": 1.0, "save_every": 240}  # fmt: skip

@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 
-from lesslib.data import storyworld
 from lesslib.data.storyworld import KINDS, LEADS, examples, grammar, lessons, new_world, story, words
 from lesslib.data.tasks import load_task
 
@@ -17,8 +16,8 @@ def test_there_are_more_than_sixty_sentence_patterns():
     assert len(set(patterns)) == len(patterns) >= 60
 
 
-@pytest.mark.parametrize("kind", storyworld.HELDOUT)
-def test_held_out_words_are_in_no_training_story(kind):
+@pytest.mark.parametrize("kind", ["women", "men", "places", "nouns", "trades"])
+def test_words_are_for_training_or_held_out(kind):
     train, held = set(words(kind, False)), set(words(kind, True))
     assert train
     assert held
@@ -137,5 +136,5 @@ def test_rows_that_are_missing_or_too_few_are_named(folder):
     with pytest.raises(ValueError, match="has 4 rows, no more than the 4 shots"):
         load_task("xsum", 3, shots=4)
     (folder / "xsum.jsonl.gz").write_bytes(b"not gzip")
-    with pytest.raises(ValueError, match=r"task 'xsum' could not be read \(BadGzipFile"):
+    with pytest.raises(ValueError, match=r"is damaged \(BadGzipFile"):
         load_task("xsum", 1)

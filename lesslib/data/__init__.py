@@ -135,16 +135,21 @@ def hub_reachable() -> bool:
     return True
 
 
+def file_missing(what: str, file: str) -> str | None:
+    """Why `file`, which holds `what`, cannot be read from $LESS_DATA and the hub cannot stand in, with the fix; else None."""
+    folder = os.environ.get("LESS_DATA")
+    if folder and not (Path(folder) / file).is_file():
+        return f"{what}: {file} is not in $LESS_DATA={folder}; put it there, or unset LESS_DATA to use the hub"
+    if not folder and not hub_reachable():
+        return f"{what}: the hub cannot be reached; set LESS_DATA to a folder with {file}, or connect"
+    return None
+
+
 def missing(name: str) -> str | None:
     """Why corpus `name` cannot be read here, with the fix; None when it can be (or the hub may be asked)."""
     if name not in SOURCES:
         return f"unknown corpus {name!r}: choose from {', '.join(SOURCES)}"
-    (file, _), folder = SOURCES[name], os.environ.get("LESS_DATA")
-    if file and folder and not (Path(folder) / file).is_file():
-        return f"corpus {name!r}: {file} is not in $LESS_DATA={folder}; put it there, or unset LESS_DATA to use the hub"
-    if file and not folder and not hub_reachable():
-        return f"corpus {name!r}: the hub cannot be reached; set LESS_DATA to a folder with {file}, or connect"
-    return None
+    return file_missing(f"corpus {name!r}", file) if (file := SOURCES[name][0]) else None
 
 
 def load_corpus(name: str) -> Corpus:

@@ -10,11 +10,12 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-KINDS = ("summary", "sentence", "tellings", "yes_no", "reply")
-HELDOUT = {"women": 0.2, "men": 0.2, "places": 0.2, "nouns": 0.2, "trades": 0.2}  # shares of the words that no training story uses
+PEOPLE = {"summary": (4, 3), "sentence": (3, 2), "tellings": (2, 2), "yes_no": (4, 2), "reply": (4, 4)}  # in a story; in a shot
+KINDS = tuple(PEOPLE)
+HELDOUT = 0.2  # the share of every kind of words that no training story uses
 ECHO = 0.4  # the chance that a fact comes up again
 LEADS = {"summary": "Summary:", "sentence": "In one sentence:", "tellings": "What all tellings say:"}
 
@@ -45,14 +46,14 @@ class Fact:
 
 @dataclass
 class World:
-    """People in the order of their appearance, and what is true of them."""
+    """People in the order of their appearance, each a man or not, and what is true of them by relation and person."""
 
-    people: list[str]
     man: dict[str, bool]
-    facts: dict[tuple[str, str], Fact] = field(default_factory=dict)  # by relation and person
+    facts: dict[tuple[str, str], Fact]
 
-    def of(self, relation: str) -> list[Fact]:
-        return [f for (r, _), f in self.facts.items() if r == relation]
+    @property
+    def people(self) -> list[str]:
+        return list(self.man)
 
 
 @functools.cache
@@ -66,7 +67,7 @@ def grammar() -> dict:
 def words(kind: str, heldout: bool) -> tuple[str, ...]:
     """The words of a kind that held-out stories use, or those that training stories use; no word is in both."""
     ranked = sorted(grammar()[kind], key=lambda w: hashlib.sha256(w.encode()).hexdigest())
-    cut = round(len(ranked) * HELDOUT[kind])
+    cut = round(len(ranked) * HELDOUT)
     return tuple(ranked[:cut] if heldout else ranked[cut:])
 
 
@@ -74,8 +75,7 @@ def new_world(rng: random.Random, people: int, relations: tuple[str, ...], heldo
     """A world of `people`, each with one fact per relation; no value is true of two of them."""
     men = dict.fromkeys(rng.sample(words("men", heldout), people), True)
     both = list((men | dict.fromkeys(rng.sample(words("women", heldout), people), False)).items())
-    world = World([], dict(rng.sample(both, people)))
-    world.people = list(world.man)
+    world = World(dict(rng.sample(both, people)), {})
     places, adjectives = rng.sample(words("places", heldout), 2 * people), rng.sample(grammar()["adjectives"], 2 * people)
     things = [" ".join(pair) for pair in zip(adjectives, rng.sample(words("nouns", heldout), 2 * people), strict=True)]
     trades = rng.sample(words("trades", heldout), people)
@@ -90,8 +90,7 @@ def new_world(rng: random.Random, people: int, relations: tuple[str, ...], heldo
 
 def fill(pattern: str, rng: random.Random, world: World, fact: Fact) -> str:
     """A pattern with the words of `fact` and of chance."""
-    man = world.man.get(fact.person, True)
-    pronouns = {"he": "he", "his": "his", "him": "him"} if man else {"he": "she", "his": "her", "him": "her"}
+    pronouns = {"he": "he", "his": "his", "him": "him"} if world.man[fact.person] else {"he": "she", "his": "her", "him": "her"}
     chance = {name: rng.choice(options) for name, options in grammar()["slots"].items()}
     return pattern.format(p=fact.person, q=fact.other, v=fact.value, **pronouns, **chance)
 
@@ -148,7 +147,8 @@ def ask(rng: random.Random, world: World, text: str, kind: str) -> Example:
     if kind in LEADS:
         return Example(kind, text, LEADS[kind], (summary_of(world, kind),))
     fact = rng.choice(list(world.facts.values()))
-    r, rivals = grammar()["relations"][fact.relation], [f.value for f in world.of(fact.relation) if f != fact]
+    r = grammar()["relations"][fact.relation]
+    rivals = [f.value for f in world.facts.values() if f.relation == fact.relation and f != fact]
     if kind == "yes_no":
         true = rng.random() < 0.5
         asked = Fact(fact.relation, fact.person, fact.value if true else rng.choice(rivals), fact.other)
@@ -169,9 +169,9 @@ def examples(kind: str, count: int, seed: int = 0, length: int = 450, heldout: b
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of task {kind!r}: choose from {', '.join(KINDS)}")
-    every, people = tuple(grammar()["relations"]), {"tellings": 2, "sentence": 3, "summary": 4, "yes_no": 4, "reply": 4}[kind]
+    every, people = tuple(grammar()["relations"]), PEOPLE[kind][small]
     if small:
-        people, length = {"tellings": 2, "sentence": 2, "summary": 3, "yes_no": 2, "reply": 4}[kind], 0
+        length = 0
     elif length < (least := 16 * people * len(every)):
         raise ValueError(f"length is {length}, too short for the {people * len(every)} facts of a {kind} story: give {least} words or more")
     found = []

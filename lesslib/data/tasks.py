@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from . import hub_reachable, storyworld
+from . import file_missing, storyworld
 from .storyworld import Example
 
 SHOT_SEED = 1_000_003  # of the stories that are shown as shots
@@ -16,13 +16,11 @@ SHOT_SEED = 1_000_003  # of the stories that are shown as shots
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows of a file of $LESS_DATA or of the hub, made to examples; `stand_in` is the kind of storyworld task that takes its place."""
+    """Rows of a file of $LESS_DATA or of the hub, made to examples."""
 
-    stand_in: str
     file: str
     hub: tuple[str, str | None, str]  # repository, subset, split
     example: Callable[[dict], Example]
-    title: str
 
 
 def _summarise(sentences: str) -> Callable[[dict], Example]:
@@ -43,14 +41,12 @@ def _mutual(row: dict) -> Example:
 
 
 DATASETS = {
-    "boolq": Dataset("yes_no", "boolq.jsonl.gz", ("google/boolq", None, "validation"), _boolq, "BoolQ"),
-    "mutual": Dataset("reply", "mutual.jsonl.gz", ("tasksource/mutual", None, "validation"), _mutual, "MuTual"),
-    "cnn_dailymail": Dataset("summary", "cnn_dailymail.jsonl.gz", ("abisee/cnn_dailymail", "3.0.0", "test"), _summarise("3 sentences"),
-                             "CNN/DailyMail"),
-    "xsum": Dataset("sentence", "xsum.jsonl.gz", ("EdinburghNLP/xsum", None, "test"), _summarise("1 sentence"), "XSum"),
-    "multi_news": Dataset("tellings", "multi_news.jsonl.gz", ("Awesome075/multi_news_parquet", None, "test"), _summarise("10 sentences"),
-                          "MultiNews"),
-}  # fmt: skip
+    "boolq": Dataset("boolq.jsonl.gz", ("google/boolq", None, "validation"), _boolq),
+    "mutual": Dataset("mutual.jsonl.gz", ("tasksource/mutual", None, "validation"), _mutual),
+    "cnn_dailymail": Dataset("cnn_dailymail.jsonl.gz", ("abisee/cnn_dailymail", "3.0.0", "test"), _summarise("3 sentences")),
+    "xsum": Dataset("xsum.jsonl.gz", ("EdinburghNLP/xsum", None, "test"), _summarise("1 sentence")),
+    "multi_news": Dataset("multi_news.jsonl.gz", ("Awesome075/multi_news_parquet", None, "test"), _summarise("10 sentences")),
+}
 
 
 def missing(name: str) -> str | None:
@@ -59,12 +55,7 @@ def missing(name: str) -> str | None:
         return None
     if name not in DATASETS:
         return f"unknown task {name!r}: choose from {', '.join((*storyworld.KINDS, *DATASETS))}"
-    file, folder = DATASETS[name].file, os.environ.get("LESS_DATA")
-    if folder and not (Path(folder) / file).is_file():
-        return f"task {name!r}: {file} is not in $LESS_DATA={folder}; put it there, or unset LESS_DATA to use the hub"
-    if not folder and not hub_reachable():
-        return f"task {name!r}: the hub cannot be reached; set LESS_DATA to a folder with {file}, or connect"
-    return None
+    return file_missing(f"task {name!r}", DATASETS[name].file)
 
 
 def _rows(name: str, count: int) -> Iterable[dict]:
@@ -92,8 +83,10 @@ def load_task(name: str, count: int, shots: int = 0, seed: int = 0, length: int 
     try:
         found = [DATASETS[name].example(row) for row in _rows(name, count + shots)]
     except Exception as e:  # of gzip, zlib, UTF-8, JSON or a row that lacks a field; or of the hub's clients
-        fix = f"copy {DATASETS[name].file} into $LESS_DATA again, or check {DATASETS[name].hub[0]} on the hub"
-        raise ValueError(f"task {name!r} could not be read ({e!r}): {fix}") from e
+        if folder := os.environ.get("LESS_DATA"):
+            file = Path(folder) / DATASETS[name].file
+            raise ValueError(f"task {name!r}: {file} is damaged ({e!r}); copy it again, or unset LESS_DATA to use the hub") from e
+        raise FileNotFoundError(f"task {name!r}: the hub failed ({e!r}); set LESS_DATA to a folder with {DATASETS[name].file}") from e
     if len(found) <= shots:
         raise ValueError(f"task {name!r} has {len(found)} rows, no more than the {shots} shots: use a whole copy of it, or fewer shots")
     return [replace(e, text=" ".join(e.text.split(" ")[:length])) for e in found[shots:]], found[:shots]
