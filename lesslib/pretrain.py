@@ -97,12 +97,14 @@ class Windows:
         return [Window(d, tuple(self.at(start).tolist()), words=0) for d, start in chosen]
 
 
-def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, lead: list[int], weight: float) -> torch.Tensor:
-    """Mean cross-entropy of logits [B, S, V] on ids [B, S]; a token that follows `lead` ("Answer:") counts `weight` times, as one in
-    hundreds that decides whether a question was understood."""
-    last = torch.stack([ids[:, i : ids.shape[1] - len(lead) + i] == token for i, token in enumerate(lead)]).all(0)  # [B, S - len(lead)]
-    weights = torch.ones_like(ids[:, 1:], dtype=torch.float32)
-    weights[:, len(lead) - 1 :] += last * (weight - 1)
+def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, colon: int, newline: int, weight: float) -> torch.Tensor:
+    """Mean cross-entropy of logits [B, S, V] on ids [B, S]; what follows a colon in its line counts `weight` times.
+
+    Such are the answers after "Answer:", "Summary:" and the like: few tokens that decide whether the rest was understood.
+    """
+    at = torch.arange(ids.shape[1], device=ids.device)
+    colons, newlines = (torch.where(ids == token, at, -1).cummax(1).values for token in (colon, newline))  # the last one so far
+    weights = torch.where(colons > newlines, weight, 1.0)[:, :-1]
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
     return (losses * weights).sum() / weights.sum()
 
@@ -141,7 +143,7 @@ def pretrain(
         print(f"resumed at step {step}", flush=True)
 
     model.train()
-    lead = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
+    colon, newline = (tokenizer(f"Answer{sign}", add_special_tokens=False)["input_ids"][-1] for sign in (":", "\n"))
     saved, begun = time.time(), time.time() - spent
     with replace_attention(model, lambda layer, q, k, v, real, scaling: dense_attention(q, k, v, real, scaling)):  # Falcon's own is slow
         while True:
@@ -159,7 +161,7 @@ def pretrain(
             texts = [train[n] for n in rng.choice(list(mix), size=batch, p=list(mix.values()))]
             x = torch.from_numpy(np.stack([t.at(int(rng.integers(len(t.tokens)))) for t in texts])).to(model.device)
             with autocast(model.device):
-                loss = weighted_loss(model(input_ids=x, use_cache=False).logits, x, lead, answers)
+                loss = weighted_loss(model(input_ids=x, use_cache=False).logits, x, colon, newline, answers)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -199,7 +201,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0, help="of the order of windows")
     p.add_argument("--windows", type=int, default=64, help="held-out windows per corpus, each inside one document")
     p.add_argument("--stories", type=float, default=0.0, help="share of the windows that are of storyworld's stories and tasks")
-    p.add_argument("--answers", type=float, default=1.0, help="how often the token after \"Answer:\" counts in the loss")
+    p.add_argument("--answers", type=float, default=1.0, help="how often a token that follows a colon in its line counts in the loss")
     p.add_argument("--save-every", type=float, default=240.0, help="seconds between checkpoints")
     keep_memory()
     pretrain(**vars(p.parse_args()))

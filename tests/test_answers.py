@@ -1,4 +1,6 @@
 """Answers: likelihoods against a plain loop, texts against generate, prompts that fit, ROUGE, paired intervals."""
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +8,8 @@ import torch
 from lesslib import H2O, LessCache, less
 from lesslib.answers import continuations, option_scores, paired, prompts, rouge
 from lesslib.data import encode
-from lesslib.data.storyworld import Example, examples
+from lesslib.data.storyworld import examples
 from lesslib.models import load_model
-from lesslib.pretrain import weighted_loss
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +18,11 @@ def pico():
 
 
 @pytest.mark.parametrize("evicting", [False, True])
-def test_likelihoods_equal_a_plain_loop(pico, evicting):
-    import contextlib
-
-    model, tokenizer = pico
+@pytest.mark.parametrize("name", ["pico-llama", "pico-falcon"])
+def test_likelihoods_equal_a_plain_loop(name, evicting):
+    model, tokenizer = load_model(name, "cpu", torch.float64)
     asked = [encode(tokenizer, "The name of the town is" + " far away" * n) for n in (1, 30)]
-    options = [(" yes", "no"), ("a lamp on the hill", "a lamp")]
-    options = [tuple(o.strip() for o in chosen) for chosen in options]
+    options = [("yes", "no"), ("a lamp on the hill", "a lamp")]
     context = less(model, H2O(heavy=6, recent=6), None) if evicting else contextlib.nullcontext()
     with context, torch.no_grad():
         got = option_scores(model, tokenizer, asked, options, batch=2)
@@ -89,17 +88,3 @@ def test_paired_interval_is_of_the_differences():
     assert mean == pytest.approx(np.mean(a - b))
     with pytest.raises(ValueError, match="2 and 1 examples cannot be paired"):
         paired([1.0, 2.0], [1.0])
-
-
-def test_weighted_loss_counts_answers_as_often_as_asked():
-    ids, logits = torch.randint(4, 9, (2, 30)), torch.randn(2, 30, 9)
-    ids[0, 5:8] = ids[1, 12:15] = torch.tensor([1, 2, 3])
-    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    weights = torch.ones(2, 29)
-    weights[0, 7] = weights[1, 14] = 10
-    assert weighted_loss(logits, ids, [1, 2, 3], 10.0).item() == pytest.approx(((losses * weights).sum() / weights.sum()).item(), rel=1e-5)
-    assert weighted_loss(logits, ids, [1, 2, 3], 1.0).item() == pytest.approx(losses.mean().item(), rel=1e-5)
-
-
-def test_an_example_without_a_lead_is_its_text():
-    assert Example("reply", "m : hi", "", ("a",)).shown() == "m : hi"

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lesslib import pretrain as module
 from lesslib.data import load_corpus
 from lesslib.models import load_model
-from lesslib.pretrain import Windows, pretrain, split, token_file
+from lesslib.pretrain import Windows, pretrain, split, token_file, weighted_loss
 
 SETTINGS = {"minutes": math.inf, "tokens": 6 * 2 * 32, "batch": 2, "lr": 1e-2, "seed": 3, "windows": 4}  # six steps of two windows of 32
 
@@ -187,6 +187,31 @@ def test_the_card_holds_the_mean_loss_by_position_over_the_held_out_windows(star
         found = card["heldout_loss_by_position"]["start"][name]
         assert found["all"] == pytest.approx(losses.mean().item(), abs=1e-3)
         assert found["by_position"] == pytest.approx([part.mean().item() for part in (losses[:, :16], losses[:, 16:])], abs=1e-3)
+
+
+def test_what_follows_a_colon_in_its_line_counts_as_often_as_asked():
+    colon, newline, ids = 1, 2, torch.randint(3, 9, (2, 12))
+    ids[0, [2, 4, 7, 9]] = torch.tensor([newline, colon, newline, newline])  # tokens 5, 6 and 7 follow
+    ids[1, [0, 1, 8]] = torch.tensor([colon, newline, colon])  # the newline itself, and 9 to the end
+    weights = torch.ones(2, 11)
+    weights[0, [4, 5, 6]] = weights[1, [0, 8, 9, 10]] = 10
+    logits = torch.randn(2, 12, 9)
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    for weight, expected in ((10.0, (losses * weights).sum() / weights.sum()), (1.0, losses.mean())):
+        assert weighted_loss(logits, ids, colon, newline, weight).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_stories_take_their_share_and_their_answers_count(start, corpora, tmp_path):
+    card = pretrain(start, tmp_path / "stories", **SETTINGS, stories=0.5, answers=5.0)
+    assert {name: d["share"] for name, d in card["data"].items()} == {
+        "wikipedia": 0.285, "novels": 0.19, "topics-train": 0.025, "stories-train": 0.5}  # fmt: skip
+    assert card["command"].endswith("--stories 0.5 --answers 5")
+    assert set(card["heldout_loss_by_position"]["this model"]) == {"wikipedia", "novels", "topics", "stories"}
+    pretrain(start, tmp_path / "even", **SETTINGS, stories=0.5)
+    one, other = weights(tmp_path / "stories"), weights(tmp_path / "even")
+    assert any(not torch.equal(one[n], other[n]) for n in one)
+    with pytest.raises(ValueError, match=r"was made with another answers"):
+        pretrain(start, tmp_path / "stories", **SETTINGS, stories=0.5)
 
 
 def test_the_command_line_passes_every_setting(monkeypatch, tmp_path):

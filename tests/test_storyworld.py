@@ -2,11 +2,10 @@
 import json
 import random
 import re
-from collections import Counter
 
 import pytest
 
-from lesslib.data.storyworld import KINDS, LEADS, examples, grammar, lessons, new_world, story, words
+from lesslib.data.storyworld import HELDOUT, KINDS, LEADS, Example, examples, grammar, lessons, new_world, story, words
 from lesslib.data.tasks import load_task
 
 
@@ -16,17 +15,34 @@ def test_there_are_more_than_sixty_sentence_patterns():
     assert len(set(patterns)) == len(patterns) >= 60
 
 
-@pytest.mark.parametrize("kind", ["women", "men", "places", "nouns", "trades"])
+def every(kind, heldout):
+    return {word for found in words(kind, heldout).values() for word in found}
+
+
+@pytest.mark.parametrize("kind", ["names", "places", "trades", "things"])
 def test_words_are_for_training_or_held_out(kind):
-    train, held = set(words(kind, False)), set(words(kind, True))
-    assert train
-    assert held
+    c = grammar()["compounds"][kind]
+    train, held = every(kind, False), every(kind, True)
+    assert len(held) == round((len(train) + len(held)) * HELDOUT) > 50
     assert not train & held
-    assert train | held == set(grammar()[kind])
-    if kind != "women":
-        return
-    named = set(re.findall(r"[A-Z][a-z]+", " ".join(lessons(60, seed=0))))
-    assert not named & (held | set(words("men", True)) | set(words("places", True)))
+    assert train | held == {head + c["between"] + tail for head in c["heads"] for tail in c["tails"]}
+
+
+def test_lessons_say_no_word_that_is_held_out():
+    said = "\n".join(lessons(60, seed=0))
+    for kind in ("names", "places", "trades", "things"):
+        met = {word for heldout in (False, True) for word in every(kind, heldout) if re.search(rf"\b{word}\b", said)}
+        assert met
+        assert not met & every(kind, True)
+
+
+def test_no_two_words_of_a_world_share_their_head():
+    for i in range(50):
+        world = new_world(random.Random(i), 5, tuple(grammar()["relations"]), heldout=i % 2 == 0)
+        for relations, kind in ((("home", "journey"), "places"), (("possession", "promise"), "things"), (("trade",), "trades")):
+            values = [fact.value for fact in world.facts.values() if fact.relation in relations]
+            heads = [head for value in values for head, made in words(kind, i % 2 == 0).items() if value in made]
+            assert len(values) == len(set(heads)) == 5 * len(relations)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -50,15 +66,13 @@ def test_a_story_tells_every_fact_and_its_length_is_as_asked():
 
 
 def test_yes_and_no_answers_are_true():
+    values = {value for kind in ("places", "trades", "things") for value in every(kind, True)}
     for e in examples("yes_no", 60):
         told = re.split(r"(?<=[.?!])\s", e.text)[1:]  # but the opening
-        asked = e.lead.split("Question: ")[1].split("?")[0]
-        names = [w for w in asked.split()[1:] if w in grammar()["men"] + grammar()["women"]]
-        rest = [w for w in asked.split() if re.search(rf"\b{w}\b", " ".join(told)) and w not in names]
-        value = [w for w in rest if w in words("places", True) + words("nouns", True) + words("trades", True)]
-        assert len(value) == 1, (asked, value)
-        said = [set(re.findall(r"\w+", s)) for s in told]
-        assert any({value[0], *names} <= s for s in said) == (e.options[e.right] == "yes"), e
+        names = [name for name in every("names", True) if re.search(rf"\b{name}\b", e.lead)]
+        (value,) = [value for value in values if re.search(rf"\b{value}\b", e.lead)]
+        assert names
+        assert any(all(re.search(rf"\b{said}\b", s) for said in (value, *names)) for s in told) == (e.options[e.right] == "yes"), e
 
 
 def test_wrong_replies_are_true_of_others_in_the_same_story():
@@ -69,11 +83,10 @@ def test_wrong_replies_are_true_of_others_in_the_same_story():
 
 
 def test_nothing_but_the_text_gives_the_answer_away():
-    yes_no, reply = examples("yes_no", 2000, length=320), examples("reply", 400, length=320)
+    yes_no, reply = examples("yes_no", 2000, length=320), examples("reply", 1000, length=320)
     assert abs(sum(e.right == 0 for e in yes_no) / 2000 - 0.5) < 0.04
-    assert max(Counter(e.right for e in reply).values()) < 0.33 * 400
-    assert "" not in {e.shown(text=False) for e in reply}
-    assert all(e.text not in e.shown(text=False) for e in reply)
+    for guess in (lambda o: 0, lambda o: o.index(max(o, key=len)), lambda o: o.index(min(o, key=len)), lambda o: o.index(min(o))):
+        assert 0.2 < sum(guess(e.options) == e.right for e in reply) / 1000 < 0.3
 
 
 @pytest.mark.parametrize("kind", LEADS)
@@ -84,6 +97,10 @@ def test_what_a_summary_says_stands_in_the_text(kind):
         assert len(names) >= 3
         assert all(n in e.text for n in names)
         assert e.shown(answer=True) == f"{e.text}\n{LEADS[kind]} {reference}"
+
+
+def test_an_example_without_a_lead_is_its_text():
+    assert Example("reply", "m : hi", "", ("a",)).shown() == "m : hi"
 
 
 @pytest.mark.parametrize(("call", "says"), [
@@ -101,7 +118,7 @@ def test_shots_are_small_and_of_training_words():
     assert len(found) == 2
     assert len(shots) == 3
     assert max(len(s.text.split()) for s in shots) < 60
-    assert not set(re.findall(r"[A-Z][a-z]+", " ".join(s.text for s in shots))) & set(words("places", True))
+    assert not set(re.findall(r"[A-Z][a-z]+", " ".join(s.text for s in shots))) & (every("places", True) | every("names", True))
 
 
 ROWS = {

@@ -4,6 +4,8 @@ A world is a cast of people, and for each of them one fact per relation: home, t
 fact once, in one of eight sentence patterns, among scenes and deeds that matter to no question; some facts come up again later. The
 tasks stand in for those of the paper: `summary` (CNN/DailyMail), `sentence` (XSum), `tellings` (MultiNews), `yes_no` (BoolQ), `reply`
 (MuTual). Every wrong answer is true of somebody else in the same story, so that without the story no answer is likelier than another.
+Names, places, trades and things are compounds of a head and a tail, hundreds of each kind: closed lists of sixty would be learnt by
+heart in place of reading.
 """
 import functools
 import hashlib
@@ -58,27 +60,35 @@ class World:
 
 @functools.cache
 def grammar() -> dict:
-    """Words and sentence patterns (assets/storyworld.json); `places` are made of their heads and tails."""
-    g: dict = json.loads((Path(__file__).parents[1] / "assets" / "storyworld.json").read_text())
-    return g | {"places": [a + b for a in g["place_heads"] for b in g["place_tails"]]}
+    """Parts of words and sentence patterns (assets/storyworld.json)."""
+    found: dict = json.loads((Path(__file__).parents[1] / "assets" / "storyworld.json").read_text())
+    return found
 
 
 @functools.cache
-def words(kind: str, heldout: bool) -> tuple[str, ...]:
-    """The words of a kind that held-out stories use, or those that training stories use; no word is in both."""
-    ranked = sorted(grammar()[kind], key=lambda w: hashlib.sha256(w.encode()).hexdigest())
-    cut = round(len(ranked) * HELDOUT)
-    return tuple(ranked[:cut] if heldout else ranked[cut:])
+def words(kind: str, heldout: bool) -> dict[str, list[str]]:
+    """By head, the names, places, trades or things that held-out stories use, or those that training stories use; no word is in both."""
+    c = grammar()["compounds"][kind]
+    made = {head + c["between"] + tail: head for head in c["heads"] for tail in c["tails"]}
+    ranked = sorted(made, key=lambda w: hashlib.sha256(w.encode()).hexdigest())
+    cut, by_head = round(len(ranked) * HELDOUT), dict[str, list[str]]()
+    for word in ranked[:cut] if heldout else ranked[cut:]:
+        by_head.setdefault(made[word], []).append(word)
+    return by_head
+
+
+def draw(rng: random.Random, kind: str, count: int, heldout: bool) -> list[str]:
+    """`count` words of a kind, no two of one head."""
+    by_head = words(kind, heldout)
+    return [rng.choice(by_head[head]) for head in rng.sample(sorted(by_head), count)]
 
 
 def new_world(rng: random.Random, people: int, relations: tuple[str, ...], heldout: bool) -> World:
     """A world of `people`, each with one fact per relation; no value is true of two of them."""
-    men = dict.fromkeys(rng.sample(words("men", heldout), people), True)
-    both = list((men | dict.fromkeys(rng.sample(words("women", heldout), people), False)).items())
-    world = World(dict(rng.sample(both, people)), {})
-    places, adjectives = rng.sample(words("places", heldout), 2 * people), rng.sample(grammar()["adjectives"], 2 * people)
-    things = [" ".join(pair) for pair in zip(adjectives, rng.sample(words("nouns", heldout), 2 * people), strict=True)]
-    trades = rng.sample(words("trades", heldout), people)
+    names, endings = draw(rng, "names", people, heldout), tuple(grammar()["men_end_in"])
+    world = World({name: name.endswith(endings) for name in names}, {})
+    places, things = (draw(rng, kind, 2 * people, heldout) for kind in ("places", "things"))
+    trades = draw(rng, "trades", people, heldout)
     values = {"home": places, "journey": places[people:], "trade": trades, "possession": things, "promise": things[people:]}
     circle = rng.sample(world.people, people)
     for relation in relations:
@@ -182,30 +192,35 @@ def examples(kind: str, count: int, seed: int = 0, length: int = 450, heldout: b
     return found
 
 
-def lesson(rng: random.Random, heldout: bool) -> str:
-    """A short or long story, several tasks after it, and plain questions with their answers."""
-    every = tuple(grammar()["relations"])
-    people, relations = rng.choice((2, 3, 4, 4, 5)), tuple(rng.sample(every, rng.choice((1, 2, 3, 5, 5))))
-    world = new_world(rng, people, relations, heldout)
-    tellings, least = rng.random() < 0.2, 12 * people * len(relations)
-    text = story(rng, world, int(least * rng.choice((1.1, 1.1, 1.5, 2.5))), tellings)
-    tasks = []
-    for _ in range(rng.randint(4, 8)):
-        if rng.random() < 0.25:
-            fact = rng.choice(list(world.facts.values()))
+def questions(rng: random.Random, world: World, count: int) -> list[str]:
+    """`count` questions with their answers: plain ones, yes or no, and next utterances where four people are there to choose from."""
+    found = []
+    for fact in rng.choices(list(world.facts.values()), k=count):
+        if rng.random() < 0.4:
             question, answer = grammar()["relations"][fact.relation][rng.choice(("what", "who"))]
-            tasks.append(f"Question: {fill(question, rng, world, fact)}\nAnswer: {fill(answer, rng, world, fact)}")
+            found.append(f"Question: {fill(question, rng, world, fact)}\nAnswer: {fill(answer, rng, world, fact)}")
         else:
-            kind = rng.choice(("yes_no", "reply") if people >= 4 else ("yes_no",))
-            tasks.append(ask(rng, world, "", kind).shown(answer=True, text=False))
-    if len(relations) == len(every):
+            kind = rng.choice(("yes_no", "reply") if len(world.people) >= 4 else ("yes_no",))
+            found.append(ask(rng, world, "", kind).shown(answer=True, text=False))
+    return found
+
+
+def lesson(rng: random.Random, heldout: bool, short: bool) -> str:
+    """A story and tasks on it; `short`: of few facts and nothing else, to learn first what a question asks for."""
+    every, tellings = tuple(grammar()["relations"]), not short and rng.random() < 0.2
+    people = rng.choice((2, 2, 3, 4)) if short else rng.choice((2, 3, 4, 4, 5))
+    world = new_world(rng, people, tuple(rng.sample(every, rng.choice((1, 1, 2) if short else (2, 3, 5, 5, 5)))), heldout)
+    told = 12 * len(world.facts)
+    tasks = questions(rng, world, rng.randint(4, 8))
+    if set(every) == {relation for relation, _ in world.facts}:
         fit = ["tellings"] if tellings else ["sentence", "summary"] if people >= 3 else ["sentence"]
         tasks.insert(rng.randrange(len(tasks)), ask(rng, world, "", rng.choice(fit)).shown(answer=True, text=False))
-    return "\n".join([text, *tasks])
+    return "\n".join([story(rng, world, 0 if short else int(told * rng.choice((1.1, 1.5, 2.5))), tellings), *tasks])
 
 
 def lessons(count: int, seed: int, heldout: bool = False) -> Iterator[str]:
-    """`count` texts to pretrain on: one lesson, or two or three as in a prompt of several shots."""
+    """`count` texts to pretrain on: five short lessons, or one to three long ones as in a prompt of several shots."""
     for i in range(count):
         rng = random.Random(f"lesson/{seed}/{i}/{heldout}")
-        yield "\n\n".join(lesson(rng, heldout) for _ in range(rng.choice((1, 1, 2, 3))))
+        short = rng.random() < 0.5
+        yield "\n\n".join(lesson(rng, heldout, short) for _ in range(5 if short else rng.choice((1, 1, 2, 3))))
