@@ -6,6 +6,8 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .evaluate import POSITION_BIN, gap_closed
 from .results import results_dir, write_bytes
 
@@ -128,20 +130,77 @@ def by_position(full: dict, rows: dict[str, dict], title: str) -> Figure:
     return figure
 
 
+def bars(groups: dict[str, dict[str, Any]], ylabel: str, title: str, line: float | None = None) -> Figure:
+    """By group and method, bars of (value, low, high)."""
+    figure, (panel,) = axes(1, width=3.6 + 1.2 * len(groups))
+    methods = list(next(iter(groups.values())))
+    for i, row in enumerate(groups.values()):
+        for method, (value, low, high) in row.items():
+            j, width = methods.index(method), 0.8 / len(methods)
+            x = i + width * (j + 0.5) - 0.4
+            panel.bar(x, value, 0.875 * width, color=colour(method, methods), label=method if i == 0 else None)
+            panel.errorbar(x, value, [[value - low], [high - value]], color="black", lw=0.8, capsize=2)
+    if line is not None:
+        panel.axhline(line, color="black", lw=0.8, ls=":")
+    panel.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel=ylabel, title=title)
+    figure.legend(fontsize=8, loc="outside right center")
+    return figure
+
+
 def gaps(groups: dict[str, tuple[dict, dict[str, dict]]], title: str) -> Figure:
     """Share of the gap each method closes; `groups` maps a label to (Full, rows by method with Baseline among them)."""
-    figure, (panel,) = axes(1, width=3.6 + 1.2 * len(groups))
-    methods = [m for m in next(iter(groups.values()))[1] if m != "Baseline"]
-    for j, method in enumerate(methods):
-        for i, (full, rows) in enumerate(groups.values()):
-            share, low, high = gap_closed(full, rows["Baseline"], rows[method])
-            x = i + 0.8 * (j + 0.5) / len(methods) - 0.4
-            panel.bar(x, share, 0.7 / len(methods), color=colour(method, methods), label=method if i == 0 else None)
-            panel.errorbar(x, share, [[share - low], [high - share]], color="black", lw=0.8, capsize=2)
-    panel.axhline(0.5, color="black", lw=0.8, ls=":")
-    panel.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel="share of the gap closed", title=title)
-    panel.set_ylim(bottom=min(-0.1, max(-0.5, panel.get_ylim()[0])))
-    figure.legend(fontsize=8, loc="outside right center")
+    shares = {label: {m: gap_closed(full, rows["Baseline"], row) for m, row in rows.items() if m != "Baseline"}
+              for label, (full, rows) in groups.items()}  # fmt: skip
+    figure = bars(shares, "share of the gap closed", title, 0.5)
+    figure.axes[0].set_ylim(bottom=min(-0.1, max(-0.5, figure.axes[0].get_ylim()[0])))
+    return figure
+
+
+def mean_bars(groups: dict[str, dict[str, list[float]]], ylabel: str, title: str) -> Figure:
+    """Bars of the means of scores by example, with two standard errors either way."""
+    ends = {label: {m: np.mean(x) + 2 * np.std(x) / len(x) ** 0.5 * np.array([0.0, -1.0, 1.0]) for m, x in rows.items()}
+            for label, rows in groups.items()}  # fmt: skip
+    return bars(ends, ylabel, title)
+
+
+def curves(panels: dict[str, dict[str, tuple[Any, Any]]], xlabel: str, ylabel: str, log2: bool = False) -> Figure:
+    """By panel and method, a line through (x, y)."""
+    figure, drawn = axes(len(panels), width=3.9)
+    for panel, (title, rows) in zip(drawn, panels.items(), strict=True):
+        for method, (x, y) in rows.items():
+            mark = MARKS.get(method, "^") if len(x) < 20 else ""
+            panel.plot(x, y, color=colour(method, list(rows)), ls="--" if method == "Full" else "-", marker=mark, label=method)
+        panel.set(xlabel=xlabel, title=title)
+        if log2:
+            panel.set_xscale("log", base=2)
+    drawn[0].set_ylabel(ylabel)
+    drawn[0].legend(fontsize=8)
+    return figure
+
+
+def attention_maps(record: dict) -> Figure:
+    """One head's attention by case (rows): original, sparse, LESS; brighter is heavier, on one logarithmic scale a row."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(len(record["points"]), 3, figsize=(8, 2.8 * len(record["points"])), squeeze=False, layout="constrained")
+    for row, (case, point) in zip(panels, record["points"].items(), strict=True):
+        for panel, (label, image) in zip(row, point["maps"].items(), strict=True):
+            panel.imshow(np.log10(np.array(image) + 1e-4), cmap="magma", vmin=-4, vmax=-0.5)
+            panel.set(title=f"{case}: {label}", xticks=[], yticks=[])
+    return figure
+
+
+def scoreboard(rows: list[tuple[str, list[str]]], columns: list[str]) -> Figure:
+    """(claim, its status by column), coloured: green holds, yellow in part, red fails, grey was not measured."""
+    tint = {"holds": "#7fbf7b", "FAILS": "#d6604d", "not measured": "#dddddd"}
+    figure, (panel,) = axes(1, width=9.5, height=0.26 * len(rows) + 0.5)
+    colours, widths = [["w", *(tint.get(s, "#f1d769") for s in found)] for _, found in rows], [0.64, *[0.36 / len(columns)] * len(columns)]
+    text, labels = [[claim, *found] for claim, found in rows], ["claim of the paper", *columns]
+    cells = panel.table(text, colours, colLabels=labels, colWidths=widths, cellLoc="left", loc="center")
+    cells.auto_set_font_size(False)
+    cells.set_fontsize(8)
+    cells.scale(1, 1.25)
+    panel.set_axis_off()
     return figure
 
 

@@ -13,7 +13,7 @@ FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 # From the top down; a file imports only from its own line or from lines below. models.py stands above kernels.py because the zoo
 # also loads the kernels that were trained for its models.
 ORDER = [
-    {"run"}, {"experiments", "downstream", "claims", "plots"},
+    {"run"}, {"experiments", "downstream", "scoreboard", "claims", "plots"},
     {"train", "evaluate", "answers", "bench", "pretrain", "harness"}, {"hf"}, {"cache", "parallel"},
     {"ops", "ops.naive", "ops.scan", "ops.triton"}, {"models"}, {"policies", "kernels"},
     {"data", "data.tasks", "data.storyworld", "paper", "profiles", "results", "rouge"},

@@ -1,0 +1,168 @@
+"""The paper's claims (assets/claims.json): which recorded results decide each, and whether it holds, fails or was not measured."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import claims
+from .answers import paired
+from .claims import Verdict
+from .paper import PAPER, POLICIES
+from .results import load
+
+PLUS, FULL = "Baseline+", "Full"
+
+
+def difference(a: list[float], b: list[float]) -> str:
+    """mean(a) - mean(b) in words, with its paired interval, and whether that holds zero."""
+    mean, low, high = paired(a, b)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" + (", within noise" if low <= 0 <= high else "")
+
+
+def groups(record: dict) -> dict[str, dict[str, dict]]:
+    """Points by all of their name but the method, then by method, where Baseline+ is among them; Full, which has no budget, in every
+    group of its task."""
+    found: dict[str, dict[str, dict]] = {}
+    for name, point in record["points"].items():
+        found.setdefault(name.rpartition("/")[0], {})[name.rpartition("/")[2]] = point
+    return {g: found.get(g.split("/")[0], {}) | rows for g, rows in found.items() if PLUS in rows}
+
+
+def ordered(record: dict) -> Iterator[Verdict]:
+    """Table 2: at every budget, LESS trained at it below Baseline+ below Baseline."""
+    for group, rows in groups(record).items():
+        ppl = [rows[m]["token_ppl"] for m in (f"LESS ({group.split('/')[1]})", PLUS, "Baseline")]
+        yield Verdict(f"{group}: LESS < Baseline+ < Baseline", ppl[0] < ppl[1] < ppl[2], ", ".join(f"{x:.2f}" for x in ppl))
+
+
+def language(record: dict, word: str, smallest: bool = False) -> list[Verdict]:
+    """The verdicts on Table 2 that speak of `word`; of the `smallest` budget alone."""
+    budgets = sorted({p["parameters"]["fraction"] for p in record["points"].values() if "fraction" in p["parameters"]})
+    found = claims.language_modeling(record, dict.fromkeys(name.split("/")[0] for name in record["points"]), budgets)
+    return [v for v in found if word in v.claim and (not smallest or f"H2O at {budgets[0]:.0%}:" in v.claim)]
+
+
+def policies(record: dict, full: dict) -> list[Verdict]:
+    """Table 7, at 5%: each policy with LESS against the same policy with Baseline+; `full` has H2O's rows and the whole cache's."""
+    cells = groups({"points": full["points"] | record["points"]}).items()
+    at_5 = ((group, rows) for group, rows in cells if group.split("/")[1] in ("5%", *POLICIES))
+    return [claims.perplexity_table(rows[FULL], rows, "LESS (5%)", group)[1] for group, rows in at_5]
+
+
+def classification(record: dict) -> Iterator[Verdict]:
+    """Table 3: per task, LESS against Baseline+ by question, and that without the text nothing is left but chance."""
+    for task, rows in groups(record).items():
+        ours, plus = (np.multiply(100.0, rows[m]["right"]).tolist() for m in ("LESS (5%)", PLUS))
+        numbers = f"{np.mean(ours):.1f}% against {np.mean(plus):.1f}%: {difference(ours, plus)}"
+        yield Verdict(f"{task}: LESS (5%) is right more often than Baseline+", np.mean(ours) > np.mean(plus), numbers)
+        if withheld := rows.get("withheld"):
+            n, chance, accuracy = len(withheld["right"]), 1 / withheld["options"], withheld["accuracy"]
+            near = abs(accuracy - chance) <= 2 * (chance * (1 - chance) / n) ** 0.5
+            yield Verdict(f"{task}: without its text accuracy is at chance (within two standard errors)", near, f"{accuracy:.1%} of {n}")
+
+
+def recovered(rows: dict[str, dict], method: str) -> float | None:
+    """The share of the ROUGE-1 that Baseline+ loses to Full which `method` gives back (section 4.2); None where nothing is lost."""
+    full, plus, ours = (rows[m]["rouge1"] for m in (FULL, PLUS, method))
+    return (ours - plus) / (full - plus) if full > plus else None
+
+
+def summarization(*records: dict, rival: str = PLUS, least: float | None = None, only: str = "") -> Iterator[Verdict]:
+    """Tables 4 and 5: rows of LESS against `rival`, by text; or whether they give back the share `least` of what Baseline+ loses.
+    `only`: groups that end so."""
+    for group, rows in ((g, r) for record in records for g, r in groups(record).items() if g.endswith(only)):
+        for method in (m for m in rows if m.startswith("LESS")):
+            share, ours = recovered(rows, method), rows[method]
+            back = f"{share or 0:.0%} of the {rows[FULL]['rouge1'] - rows[PLUS]['rouge1']:.1f} that Baseline+ loses"
+            what = f"{ours['parameters']['name']}, {group}: {method} "
+            if least:
+                yield Verdict(f"{what}gives back at least {least:.1%} of what Baseline+ loses", (share or 0) >= least, back)
+            else:
+                numbers = f"{difference(ours['scores']['rouge1'], rows[rival]['scores']['rouge1'])}; {back}"
+                yield Verdict(f"{what}scores above {rival}", ours["rouge1"] > rows[rival]["rouge1"], numbers)
+
+
+def attention_maps(record: dict) -> Iterator[Verdict]:
+    """Figure 6: the mean Hellinger distance of LESS against that of the sparse policy, layer by layer."""
+    for case, point in record["points"].items():
+        pairs = {i: (np.mean(d["LESS"]), np.mean(d["sparse"])) for i, d in point["distances"].items()}
+        numbers = ", ".join(f"layer {i}: {a:.3f} against {b:.3f}" for i, (a, b) in pairs.items())
+        yield Verdict(f"{case}: LESS attends nearer to the original in every layer", all(a < b for a, b in pairs.values()), numbers)
+
+
+def kernel_size(record: dict) -> Iterator[Verdict]:
+    """Figure 7: by budget, larger R is better, each doubling gains less, and LESS beats tokens of the same bytes."""
+    for budget in dict.fromkeys(name.split("/")[0] for name in record["points"]):
+        cells = {int(g.split("/")[1]): rows for g, rows in groups(record).items() if g.split("/")[0] == budget}
+        nats = {R: (cells[R][f"LESS ({budget})"]["log_ppl"], cells[R][PLUS]["log_ppl"]) for R in sorted(cells)}
+        gains = [a - b for (a, _), (b, _) in pairwise(nats.values())]
+        shown = ", ".join(f"R={R}: {np.exp(ours):.2f} against {np.exp(plus):.2f}" for R, (ours, plus) in nats.items())
+        yield Verdict(f"{budget}: LESS beats as many bytes of tokens at every R", all(ours < plus for ours, plus in nats.values()), shown)
+        if len(gains) > 1:
+            by = " then ".join(f"{g:.3f}" for g in gains) + " nats a token"
+            yield Verdict(f"{budget}: every doubling of R lowers perplexity", min(gains) > 0, by)
+            yield Verdict(f"{budget}: and gains less than the one before", all(a > b for a, b in pairwise(gains)), by)
+
+
+def by_length(record: dict, task: str, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """(prompt lengths in tokens, ROUGE-1) of all texts of a task under one method, by length."""
+    points = [p for n, p in record["points"].items() if n.split("/")[0] == task and n.split("/")[-1] == method]
+    lengths, scores = (np.concatenate([x[i] for x in ((p["prompt_tokens"], p["scores"]["rouge1"]) for p in points)]) for i in (0, 1))
+    order = np.argsort(lengths, kind="stable")
+    return lengths[order], scores[order]
+
+
+def neighbours(lengths: np.ndarray, scores: np.ndarray, at: np.ndarray, share: float = 0.25) -> np.ndarray:
+    """Nearest-neighbour regression, as Figure 8's: at each length, the mean score of the `share` of all texts nearest to it."""
+    count = max(1, round(share * len(lengths)))
+    return np.array([scores[np.argsort(np.abs(lengths - x), kind="stable")[:count]].mean() for x in at])
+
+
+def prompt_length(record: dict) -> Iterator[Verdict]:
+    """Figure 8: LESS's lead over Baseline+ grows with the prompt: a slope, and its interval by bootstrap over texts."""
+    rng = np.random.default_rng(0)
+    for task in dict.fromkeys(name.split("/")[0] for name in record["points"]):
+        lengths, ours = by_length(record, task, "LESS (5%)")
+        lead = ours - by_length(record, task, PLUS)[1]
+        draws = (rng.integers(0, len(lead), len(lead)) for _ in range(2000))
+        slope, *slopes = (100 * np.polyfit(lengths[d], lead[d], 1)[0] for d in (np.arange(len(lead)), *draws))
+        low, high = np.quantile(slopes, [0.025, 0.975])
+        yield Verdict(f"{task}: LESS's lead over Baseline+ grows with the prompt", slope > 0,
+                      f"{slope:+.2f} points per 100 tokens [{low:+.2f}, {high:+.2f}]")  # fmt: skip
+
+
+def sizes(what: str, hidden: int = 512, R: int = 8) -> Iterator[Verdict]:
+    """From the weights' shapes, the kernels' "parameters" against the model's (section 3.1), or the "state" of a head in tokens of 2 D
+    numbers (section 4), and the kernels' weights, which all sequences of a batch share."""
+    for name, m in PAPER["models"].items():
+        heads, D = m["heads"] + m["kv_heads"], m["head_dim"]
+        layer, state = heads * (D + R) * hidden + m["kv_heads"] * R * (R + 2), R * (D + 1) / (2 * D)
+        share, weights = m["layers"] * layer / m["parameters"], layer / m["kv_heads"] / (2 * D)
+        if what == "parameters":
+            yield Verdict(f"{name}: the kernels add less than 2% to its parameters", share < 0.02, f"{share:.2%}")
+        else:
+            yield Verdict(f"{name}: a head's state takes the memory of 4 tokens (within 2%)", abs(state / 4 - 1) <= 0.02,
+                          f"{state:.2f} tokens; its kernels {weights:.0f}, or {weights / 64:.1f} for each of a batch of 64")  # fmt: skip
+
+
+def claim_list() -> list[dict[str, Any]]:
+    """Every claim: where the paper makes it, its numbers there (filled in from assets/paper.json), and what decides it here."""
+    found: list[dict[str, Any]] = json.loads((Path(__file__).parent / "assets" / "claims.json").read_text())
+    return [c | {"paper": c["paper"].format(**PAPER)} for c in found]
+
+
+def verdicts(claim: dict[str, Any], profile: str) -> list[Verdict]:
+    """What the recorded results of `profile` say to a claim; nothing where a record that it needs is missing."""
+    records = [load(name, profile) for name in claim["needs"]]
+    decide = globals().get(claim["decide"]) or getattr(claims, claim["decide"], None)
+    return list(decide(*records, **claim.get("options", {}))) if decide and None not in records else []
+
+
+def status(found: list[Verdict]) -> str:
+    held = sum(v.holds for v in found)
+    return "not measured" if not found else "holds" if held == len(found) else "FAILS" if not held else f"holds in {held} of {len(found)}"

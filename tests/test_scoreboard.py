@@ -1,0 +1,128 @@
+"""The scoreboard: every claim can hold and can fail, and is not measured where a record is missing."""
+import numpy as np
+import pytest
+
+from lesslib import claims, plots, scoreboard
+from lesslib.kernels import Kernels
+from lesslib.results import results_dir, write_json
+from lesslib.scoreboard import by_length, claim_list, difference, groups, neighbours, recovered, status, verdicts
+
+FRACTIONS = {"5%": 0.05, "10%": 0.1, "20%": 0.2}
+
+
+def texts(*scores: float, **parameters) -> dict:
+    return {"rouge1": float(np.mean(scores)), "scores": {"rouge1": list(scores)}, "parameters": {"name": "m"} | parameters,
+            "prompt_tokens": list(range(500, 500 + 100 * len(scores), 100))}  # fmt: skip
+
+
+def table(less: float, budget: str = "5%") -> dict:
+    rows = {"Baseline": 30.0, "Baseline+": 32.0, f"LESS ({budget})": less}
+    return {"points": {"t/Full": texts(40.0, 44.0), "t/withheld": texts(1.0, 1.0)}
+            | {f"t/{budget}/{m}": texts(x - 1, x + 1, fraction=FRACTIONS[budget]) for m, x in rows.items()}}  # fmt: skip
+
+
+def test_groups_are_methods_of_one_cell_with_the_full_cache_among_them():
+    found = groups(table(36.0))
+    assert list(found) == ["t/5%"]
+    assert set(found["t/5%"]) == {"Full", "withheld", "Baseline", "Baseline+", "LESS (5%)"}
+    assert groups({"points": {"t/Full": {}, "t/Baseline+": {}, "t/LESS (5%)": {}}}) == {"t": {"Full": {}, "Baseline+": {}, "LESS (5%)": {}}}
+
+
+@pytest.mark.parametrize(("less", "holds"), [(36.0, True), (31.0, False)])
+def test_rouge_verdicts_hold_and_fail(less, holds):
+    assert [v.holds for v in scoreboard.summarization(table(less), table(less))] == [holds] * 2
+    assert [v.holds for v in scoreboard.summarization(table(less), least=0.39)] == [holds]
+    assert list(scoreboard.summarization(table(less), only="/20%")) == []
+    assert [v.holds for v in scoreboard.summarization(table(less), rival="Baseline")] == [True]
+    rows = groups(table(less))["t/5%"]
+    assert recovered(rows, "LESS (5%)") == pytest.approx((less - 32) / 10)
+    assert recovered(rows | {"Full": texts(20.0)}, "LESS (5%)") is None
+
+
+def test_differences_say_when_they_are_noise():
+    assert difference([3.0, 4.0, 5.0], [1.0, 2.0, 3.0]) == "+2.00 [+2.00, +2.00]"
+    assert difference([3.0, 0.0, 5.0], [1.0, 2.0, 3.0]).endswith("within noise")
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_classification_verdicts_hold_and_fail(good):
+    right = [1] * 60 + [0] * 40
+    points = {f"t/{m}": {"right": right, "accuracy": 0.6, "options": 2} for m in ("Full", "Baseline", "Baseline+")}
+    points["t/LESS (5%)"] = {"right": [1] * (70 if good else 50) + [0] * (30 if good else 50), "options": 2}
+    points["t/withheld"] = {"right": right, "accuracy": 0.55 if good else 0.65, "options": 2}
+    assert [v.holds for v in scoreboard.classification({"points": points})] == [good] * 2
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_verdicts_of_attention_and_kernel_size_hold_and_fail(good):
+    distances = {"0": {"LESS": [0.1, 0.2], "sparse": [0.3, 0.3]}, "1": {"LESS": [0.2 if good else 0.5], "sparse": [0.4]}}
+    assert [v.holds for v in scoreboard.attention_maps({"points": {"h2o": {"distances": distances}}})] == [good]
+    nats = {2: 3.2, 4: 3.1, 8: 3.05} if good else {2: 3.0, 4: 3.15, 8: 3.35}
+    points = {f"5%/{R}/LESS (5%)": {"parameters": {"kernel_size": R}, "log_ppl": x} for R, x in nats.items()}
+    points |= {f"5%/{R}/Baseline+": {"parameters": {"kernel_size": R}, "log_ppl": 3.3} for R in nats}
+    expected = [True] * 3 if good else [False, False, True]  # what the third says of gains that grow more negative
+    assert [v.holds for v in scoreboard.kernel_size({"points": points})] == expected
+    fast = {f"5%/{R}/LESS (5%)": {"log_ppl": x} for R, x in {2: 3.2, 4: 3.1, 8: 2.9}.items()}
+    assert [v.holds for v in scoreboard.kernel_size({"points": points | fast})] == [True, True, False]
+
+
+@pytest.mark.parametrize(("growth", "holds"), [(5.0, True), (-5.0, False)])
+def test_verdict_of_prompt_lengths_holds_and_fails(growth, holds):
+    lead = growth * np.arange(4)
+    points = {f"t/{n}/{m}": texts(*(20.0 + x)) for n in (300, 400) for m, x in (("LESS (5%)", lead), ("Baseline+", 0 * lead))}
+    (verdict,) = scoreboard.prompt_length({"points": points})
+    assert verdict.holds == holds
+    assert verdict.numbers.startswith(f"{growth:+.2f} points per 100 tokens")
+
+
+def test_nearest_neighbour_regression():
+    lengths, scores = by_length({"points": {"t/1/Full": texts(4.0, 2.0, 6.0), "t/2/Full": texts(8.0)}}, "t", "Full")
+    assert lengths.tolist() == [500, 500, 600, 700]
+    assert scores.tolist() == [4.0, 8.0, 2.0, 6.0]
+    assert neighbours(lengths, scores, np.array([500, 700]), share=0.5).tolist() == [6.0, 4.0]
+    assert neighbours(lengths, scores, np.array([700]), share=0.01).tolist() == [6.0]
+
+
+def test_sizes_follow_from_shapes():
+    shape = {"layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 16}
+    model = {"m": shape | {"parameters": 10**6}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(scoreboard.PAPER, "models", model)
+        (parameters,) = scoreboard.sizes("parameters", hidden=8, R=4)
+        (state,) = scoreboard.sizes("state", hidden=8, R=8)
+    assert parameters.numbers == f"{Kernels.new(shape, 4, 8).parameter_count() / 10**6:.2%}"
+    assert not state.holds  # 8 * 17 / 32 = 4.25 tokens
+    seven, thirteen = scoreboard.sizes("parameters")
+    assert (seven.holds, seven.numbers, thirteen.holds, thirteen.numbers) == (False, "2.12%", True, "1.71%")
+    assert [v.numbers.split(";")[0] for v in scoreboard.sizes("state")] == ["4.03 tokens"] * 2
+
+
+def test_every_claim_is_decided_by_a_function_or_awaits_one_and_quotes_the_paper():
+    for c in claim_list():
+        assert set(c) - {"options"} == {"where", "claim", "paper", "needs", "decide"}
+        assert "{" not in c["paper"]
+        known = hasattr(scoreboard, c["decide"]) or hasattr(claims, c["decide"])
+        assert known or c["needs"][0] in ("latency", "throughput", "breakdown")
+
+
+def test_a_claim_without_its_record_is_not_measured():
+    claim = next(c for c in claim_list() if c["decide"] == "summarization")
+    assert verdicts(claim, "tiny") == []
+    assert status(verdicts(claim, "tiny")) == "not measured"
+    write_json(results_dir("tiny") / f"{claim['needs'][0]}.json", table(36.0))
+    assert status(verdicts(claim, "tiny")) == "holds"
+    write_json(results_dir("tiny") / f"{claim['needs'][0]}.json", table(31.0))
+    assert status(verdicts(claim, "tiny")) == "FAILS"
+    assert status([*verdicts(claim, "tiny"), *scoreboard.sizes("state")]) == "holds in 2 of 3"
+
+
+def test_pictures_of_tasks_are_drawn(monkeypatch):
+    rows = {"yes_no": {"Full": [1.0, 0.0], "Baseline": [0.0, 1.0], "LESS (5%)": [1.0, 1.0]}}
+    figure = plots.mean_bars(rows, "accuracy", "tasks")
+    assert [bar.get_height() for bar in figure.axes[0].patches] == [0.5, 0.5, 1.0]
+    figure = plots.curves({"a": {"Full": ([1, 2], [3.0, 4.0]), "LESS (5%)": ([1, 2], [5.0, 6.0])}}, "x", "y", log2=True)
+    assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[3.0, 4.0], [5.0, 6.0]]
+    maps = {label: [[0.5, 0.0], [0.25, 0.25]] for label in ("original", "sparse", "LESS")}
+    assert len(plots.attention_maps({"points": {"h2o": {"maps": maps}}}).axes) == 3
+    assert plots.save(plots.scoreboard([("a claim", ["holds", "FAILS"])], ["tiny", "wild"]), "tiny", "scoreboard")
+    assert (results_dir("tiny") / "figures" / "scoreboard.png").stat().st_size > 5000
