@@ -156,8 +156,6 @@ def generation(record: dict, tokens: int = 512) -> list[Verdict]:
 
 def multi_query(record: dict, corpora: Iterable[str]) -> list[Verdict]:
     """Table 2's claims at 5% for Falcon's architecture, by corpus."""
-    found = list[Verdict]()
-    for corpus in corpora:
-        rows = {n.split("/")[-1]: p for n, p in record["points"].items() if n.startswith(f"{corpus}/5%/")}
-        found += perplexity_table(record["points"][f"{corpus}/Full"], rows, "LESS (5%)", f"Falcon, {corpus}, H2O at 5%")
-    return found
+    cells = {c: {n.split("/")[-1]: p for n, p in record["points"].items() if n.startswith(f"{c}/5%/")} for c in corpora}
+    tables = (perplexity_table(record["points"][f"{c}/Full"], rows, "LESS (5%)", f"Falcon, {c}, H2O at 5%") for c, rows in cells.items())
+    return [verdict for table in tables for verdict in table]

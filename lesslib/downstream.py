@@ -86,10 +86,13 @@ TABLES: dict[str, tuple[tuple[float, ...], tuple[int, ...], int]] = {
 
 def summarization(profile: str, role: str, seed: int = 0) -> dict:
     """Tables 4 and 5 for one model: `role` "llama" (Table 5), "wide" or "falcon" (Table 4; also at the budgets that others reran)."""
-    t, name, (fractions, trained, tasks) = TASKS[profile], roles(profile)[role], TABLES[role]
-    points, data = dict[str, dict](), []
-    if get_profile(profile).quick:
+    p, t, name, (fractions, trained, tasks) = get_profile(profile), TASKS[profile], roles(profile)[role], TABLES[role]
+    points, data = dict[str, dict](), list[Any]()
+    if p.quick:
         fractions, trained, tasks = fractions[:1], trained[-1:], 1
+    elif role != "llama":  # whose kernels notebook 02 trains
+        points |= {f"kernels {x}%": {"name": name, "train": x / 100} for x in trained}
+        data += p.training
     for task, shots, new_tokens in t.summaries[:tasks]:
         where = {"name": name, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": t.length}
         points[f"{task}/Full"] = where | {"method": "Full"}
@@ -98,7 +101,13 @@ def summarization(profile: str, role: str, seed: int = 0) -> dict:
         if t.withheld:
             points[f"{task}/withheld"] = where | {"method": "Full", "text": False, "shots": 0}
         data.append(functools.partial(task_record, task, t.texts, shots, t.length))
-    compute = functools.partial(summarise, profile, seed)
+
+    def compute(name: str, train: float = 0.0, **case) -> dict:
+        if not train:
+            return summarise(profile, seed, name, **case)
+        path = kernel_path(name, "h2o", train, kernels_dir(profile, p.kernel_size), seed)
+        return {"layers": train_for_profile(replace(p, model=name), "h2o", train, path, seed)}
+
     return record(f"summarization_{role}", profile, seed, points, compute, *data, model_name=name)
 
 
@@ -195,13 +204,12 @@ def kernel_size(profile: str, seed: int = 0) -> dict:
 def seeds(profile: str, seed: int = 0, count: int = 3) -> dict:
     """The headline rows again with kernels of other seeds: perplexity and ROUGE of LESS (5%) at 5% H2O."""
     p, t = get_profile(profile), TASKS[profile]
-    corpora, points, data = p.evaluation, dict[str, dict](), []
+    corpora, points = p.evaluation, dict[str, dict]()
     for s in range(seed, seed + count):
         points |= {f"kernels/{s}": {"s": s}} | {f"{c}/{s}": {"s": s, "corpus": c} for c in corpora}
         for task, shots, new_tokens in t.summaries:
             points[f"{task}/{s}"] = {"s": s, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": t.length}
-    for task, shots, _ in t.summaries:
-        data.append(functools.partial(task_record, task, t.texts, shots, t.length))
+    data = [functools.partial(task_record, task, t.texts, shots, t.length) for task, shots, _ in t.summaries]
 
     def compute(s: int, corpus: str | None = None, **case) -> dict:
         where: dict[str, Any] = {"method": "LESS (5%)", "fraction": 0.05}

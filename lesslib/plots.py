@@ -198,7 +198,6 @@ def scoreboard(rows: list[tuple[str, list[str]]], columns: list[str]) -> Figure:
     text, labels = [[claim, *found] for claim, found in rows], ["claim of the paper", *columns]
     cells = panel.table(text, colours, colLabels=labels, colWidths=widths, cellLoc="left", loc="center")
     cells.auto_set_font_size(False)
-    cells.set_fontsize(8)
     cells.scale(1, 1.25)
     panel.set_axis_off()
     return figure

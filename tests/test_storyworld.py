@@ -2,6 +2,7 @@
 import json
 import random
 import re
+from collections import Counter
 
 import pytest
 
@@ -65,14 +66,33 @@ def test_a_story_tells_every_fact_and_its_length_is_as_asked():
     assert 2200 <= len(examples("summary", 1, length=2300)[0].text.split()) <= 2400
 
 
+def is_true(asked, told, heldout):
+    """Whether one of the sentences `told` says all the names and the value that are `asked` about."""
+    names, (value,) = ([w for kind in kinds for w in every(kind, heldout) if re.search(rf"\b{w}\b", asked)]
+                       for kinds in (("names",), ("places", "trades", "things")))  # fmt: skip
+    assert names
+    return any(all(re.search(rf"\b{said}\b", s) for said in (value, *names)) for s in told)
+
+
 def test_yes_and_no_answers_are_true():
-    values = {value for kind in ("places", "trades", "things") for value in every(kind, True)}
     for e in examples("yes_no", 60):
         told = re.split(r"(?<=[.?!])\s", e.text)[1:]  # but the opening
-        names = [name for name in every("names", True) if re.search(rf"\b{name}\b", e.lead)]
-        (value,) = [value for value in values if re.search(rf"\b{value}\b", e.lead)]
-        assert names
-        assert any(all(re.search(rf"\b{said}\b", s) for said in (value, *names)) for s in told) == (e.options[e.right] == "yes"), e
+        assert is_true(e.lead, told, True) == (e.options[e.right] == "yes"), e
+
+
+def test_answers_in_lessons_are_true():
+    seen = Counter()
+    for text in lessons(25, seed=1):
+        for part in text.split("\n\n"):
+            told = re.split(r"(?<=[.?!\n])\s*", re.split(r'\nQuestion: |\n"|\nSummary:|\nIn one|\nWhat all', part)[0])
+            told = [s for s in told if not s.startswith(tuple(o.split("{")[0] for o in grammar()["openings"]))]
+            for asked, answer in re.findall(r"Question: ([^\n]*)\nAnswer: ([^\n]*)", part):
+                plain = answer not in ("yes", "no")
+                if "romise" in asked and answer == "no":  # two people may have promised one another something
+                    continue
+                assert is_true(f"{asked} {answer}" if plain else asked, told, False) == (answer != "no"), (asked, answer, part)
+                seen["plain" if plain else answer] += 1
+    assert min(seen.values()) > 100
 
 
 def test_wrong_replies_are_true_of_others_in_the_same_story():

@@ -15,7 +15,7 @@ import torch
 from . import storyworld
 
 MIN_SHARED = 80  # characters of a paragraph that make two topics "share text"
-LESSONS = 24_000  # stories to pretrain on
+LESSONS = 16_000  # stories to pretrain on
 HELDOUT_SHARE = 0.3  # of the carried text's characters
 
 

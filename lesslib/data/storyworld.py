@@ -19,6 +19,7 @@ PEOPLE = {"summary": (4, 3), "sentence": (3, 2), "tellings": (2, 2), "yes_no": (
 KINDS = tuple(PEOPLE)
 HELDOUT = 0.2  # the share of every kind of words that no training story uses
 ECHO = 0.4  # the chance that a fact comes up again
+VALUES = {"home": "places", "trade": "trades", "possession": "things", "journey": "places", "promise": "things"}  # words by relation
 LEADS = {"summary": "Summary:", "sentence": "In one sentence:", "tellings": "What all tellings say:"}
 
 
@@ -61,8 +62,7 @@ class World:
 @functools.cache
 def grammar() -> dict:
     """Parts of words and sentence patterns (assets/storyworld.json)."""
-    found: dict = json.loads((Path(__file__).parents[1] / "assets" / "storyworld.json").read_text())
-    return found
+    return json.loads((Path(__file__).parents[1] / "assets" / "storyworld.json").read_text())
 
 
 @functools.cache
@@ -87,12 +87,11 @@ def new_world(rng: random.Random, people: int, relations: tuple[str, ...], heldo
     """A world of `people`, each with one fact per relation; no value is true of two of them."""
     names, endings = draw(rng, "names", people, heldout), tuple(grammar()["men_end_in"])
     world = World({name: name.endswith(endings) for name in names}, {})
-    places, things = (draw(rng, kind, 2 * people, heldout) for kind in ("places", "things"))
-    trades = draw(rng, "trades", people, heldout)
-    values = {"home": places, "journey": places[people:], "trade": trades, "possession": things, "promise": things[people:]}
+    drawn = {kind: draw(rng, kind, 2 * people, heldout) for kind in dict.fromkeys(VALUES.values())}
     circle = rng.sample(world.people, people)
     for relation in relations:
-        for person, value in zip(world.people, values[relation], strict=False):
+        for person in world.people:
+            value = drawn[VALUES[relation]].pop()
             other = circle[(circle.index(person) + 1) % people] if relation == "promise" else ""
             world.facts[relation, person] = Fact(relation, person, value, other)
     return world
@@ -152,13 +151,16 @@ def story(rng: random.Random, world: World, length: int, tellings: bool = False)
     return "\n".join(f"{head} {tell(rng, world, part, length // 3)}" for head, part in zip(heads, parts, strict=True))
 
 
-def ask(rng: random.Random, world: World, text: str, kind: str) -> Example:
-    """One task of `kind` about a told world."""
+def ask(rng: random.Random, world: World, text: str, kind: str, elsewhere: bool = False) -> Example:
+    """One task of `kind` about a told world; `elsewhere`: wrong answers are true of nobody in it, which is easier to see."""
     if kind in LEADS:
         return Example(kind, text, LEADS[kind], (summary_of(world, kind),))
     fact = rng.choice(list(world.facts.values()))
     r = grammar()["relations"][fact.relation]
     rivals = [f.value for f in world.facts.values() if f.relation == fact.relation and f != fact]
+    if elsewhere:
+        told = {f.value for f in world.facts.values()}
+        rivals = [value for value in draw(rng, VALUES[fact.relation], 20, heldout=False) if value not in told]
     if kind == "yes_no":
         true = rng.random() < 0.5
         asked = Fact(fact.relation, fact.person, fact.value if true else rng.choice(rivals), fact.other)
@@ -179,7 +181,7 @@ def examples(kind: str, count: int, seed: int = 0, length: int = 450, heldout: b
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of task {kind!r}: choose from {', '.join(KINDS)}")
-    every, people = tuple(grammar()["relations"]), PEOPLE[kind][small]
+    every, people = tuple(VALUES), PEOPLE[kind][small]
     if small:
         length = 0
     elif length < (least := 16 * people * len(every)):
@@ -197,30 +199,36 @@ def questions(rng: random.Random, world: World, count: int) -> list[str]:
     found = []
     for fact in rng.choices(list(world.facts.values()), k=count):
         if rng.random() < 0.4:
-            question, answer = grammar()["relations"][fact.relation][rng.choice(("what", "who"))]
-            found.append(f"Question: {fill(question, rng, world, fact)}\nAnswer: {fill(answer, rng, world, fact)}")
+            question, answer = (fill(p, rng, world, fact) for p in grammar()["relations"][fact.relation][rng.choice(("what", "who"))])
+            found.append(f"Question: {question}\nAnswer: {answer}")
         else:
             kind = rng.choice(("yes_no", "reply") if len(world.people) >= 4 else ("yes_no",))
-            found.append(ask(rng, world, "", kind).shown(answer=True, text=False))
+            found.append(ask(rng, world, "", kind, rng.random() < 0.4).shown(answer=True, text=False))
     return found
 
 
-def lesson(rng: random.Random, heldout: bool, short: bool) -> str:
-    """A story and tasks on it; `short`: of few facts and nothing else, to learn first what a question asks for."""
-    every, tellings = tuple(grammar()["relations"]), not short and rng.random() < 0.2
-    people = rng.choice((2, 2, 3, 4)) if short else rng.choice((2, 3, 4, 4, 5))
-    world = new_world(rng, people, tuple(rng.sample(every, rng.choice((1, 1, 2) if short else (2, 3, 5, 5, 5)))), heldout)
-    told = 12 * len(world.facts)
-    tasks = questions(rng, world, rng.randint(4, 8))
-    if set(every) == {relation for relation, _ in world.facts}:
+def drill(rng: random.Random, heldout: bool) -> str:
+    """A few bare facts and many questions: where a model learns what a question asks for, long before it can follow a story."""
+    people, relations = rng.choice((2, 2, 3, 4, 5)), tuple(rng.sample(list(VALUES), rng.choice((1, 1, 1, 2))))
+    world = new_world(rng, people, relations, heldout)
+    told = [fill(rng.choice(grammar()["relations"][f.relation]["told"]), rng, world, f) for f in world.facts.values()]
+    return "\n".join([" ".join(rng.sample(told, len(told))), *questions(rng, world, 3 * people)])
+
+
+def lesson(rng: random.Random, heldout: bool) -> str:
+    """A story, and several tasks on it."""
+    people, tellings = rng.choice((2, 3, 4, 4, 5)), rng.random() < 0.2
+    world = new_world(rng, people, tuple(rng.sample(list(VALUES), rng.choice((2, 3, 5, 5, 5)))), heldout)
+    tasks = questions(rng, world, rng.randint(6, 12))
+    if set(VALUES) == {relation for relation, _ in world.facts}:
         fit = ["tellings"] if tellings else ["sentence", "summary"] if people >= 3 else ["sentence"]
         tasks.insert(rng.randrange(len(tasks)), ask(rng, world, "", rng.choice(fit)).shown(answer=True, text=False))
-    return "\n".join([story(rng, world, 0 if short else int(told * rng.choice((1.1, 1.5, 2.5))), tellings), *tasks])
+    return "\n".join([story(rng, world, int(12 * len(world.facts) * rng.choice((1.1, 1.5, 2.5))), tellings), *tasks])
 
 
 def lessons(count: int, seed: int, heldout: bool = False) -> Iterator[str]:
-    """`count` texts to pretrain on: five short lessons, or one to three long ones as in a prompt of several shots."""
+    """`count` texts to pretrain on: ten drills, or one to three lessons as in a prompt of several shots."""
     for i in range(count):
         rng = random.Random(f"lesson/{seed}/{i}/{heldout}")
-        short = rng.random() < 0.5
-        yield "\n\n".join(lesson(rng, heldout, short) for _ in range(5 if short else rng.choice((1, 1, 2, 3))))
+        form, times = (drill, 10) if rng.random() < 0.6 else (lesson, rng.choice((1, 1, 2, 3)))
+        yield "\n\n".join(form(rng, heldout) for _ in range(times))
