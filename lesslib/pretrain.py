@@ -24,10 +24,8 @@ HELD_OUT = {"wikipedia": 100, "novels": 3}  # documents never trained on, after 
 
 
 def new_falcon(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small Falcon 7B (multi-query, parallel block, rotary) with pico-llama's tokenizer, and begun from what of it fits.
-
-    Those are the token embeddings, norms and attention, its key and value heads averaged (Ainslie et al., 2023); the MLPs are new.
-    """
+    """A small Falcon 7B (multi-query, parallel block, rotary) with new MLPs, begun from pico-llama's tokenizer, embeddings, norms and
+    attention, its key and value heads averaged (Ainslie et al., 2023)."""
     llama, tokenizer = load_model("pico-llama", "cpu")
     c = llama.config
     torch.manual_seed(seed)
@@ -98,20 +96,16 @@ class Windows:
 
 
 def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, colon: int, newline: int, weight: float) -> torch.Tensor:
-    """Mean cross-entropy of logits [B, S, V] on ids [B, S]; what follows a colon in its line counts `weight` times.
-
-    Such are the answers after "Answer:", "Summary:" and the like: few tokens that decide whether the rest was understood.
-    """
-    at = torch.arange(ids.shape[1], device=ids.device)
-    colons, newlines = (torch.where(ids == token, at, -1).cummax(1).values for token in (colon, newline))  # the last one so far
-    weights = torch.where(colons > newlines, weight, 1.0)[:, :-1]
+    """Mean cross-entropy of logits [B, S, V] on ids [B, S]; what follows a colon in its line, as answers do, counts `weight` times."""
+    at = [torch.where(ids == token, torch.arange(ids.shape[1], device=ids.device), -1) for token in (colon, newline)]
+    weights = torch.where(at[0].cummax(1).values > at[1].cummax(1).values, weight, 1.0)[:, :-1]  # the last one so far
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
 def pretrain(
     start: str, out: Path, minutes: float, tokens: int, batch: int, lr: float, seed: int, windows: int, stories: float = 0.0,
-    answers: float = 1.0, save_every: float = 240,
+    answers: float = 1.0, echoes: float = 0.0, save_every: float = 240,
 ) -> dict:  # fmt: skip
     """Continue `start` (a carried model, a folder, a hub name, "new-falcon") into `out`; returns the model card beside the weights.
 
@@ -131,7 +125,7 @@ def pretrain(
     losses = {"start": heldout_losses()}
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix], "weight_decay": 0.1 * matrix} for matrix in (1, 0)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-    settings: dict[str, Any] = {"batch": batch, "lr": lr, "seed": seed, "stories": stories, "answers": answers}
+    settings: dict[str, Any] = {"batch": batch, "lr": lr, "seed": seed, "stories": stories, "answers": answers, "echoes": echoes}
     settings["data"] = {n: c.sha256 for n, c in corpora.items()}
     step, spent, checkpoint = 0, 0.0, out / "checkpoint.pt"
     if state := read_torch(checkpoint, "delete it to start over", model.device):
@@ -159,7 +153,10 @@ def pretrain(
                 g["lr"] = lr * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * (1 - done))
             rng = np.random.default_rng((seed, step))  # by step, so that a resumed run draws what an uninterrupted one would
             texts = [train[n] for n in rng.choice(list(mix), size=batch, p=list(mix.values()))]
-            x = torch.from_numpy(np.stack([t.at(int(rng.integers(len(t.tokens)))) for t in texts])).to(model.device)
+            rows = np.stack([t.at(int(rng.integers(len(t.tokens)))) for t in texts])
+            for i in np.flatnonzero(rng.random(batch) < echoes):
+                rows[i, 1:] = np.resize(rows[i, 1 : 2 + int(rng.integers(length // 4))], length - 1)
+            x = torch.from_numpy(rows).to(model.device)
             with autocast(model.device):
                 loss = weighted_loss(model(input_ids=x, use_cache=False).logits, x, colon, newline, answers)
             loss.backward()
@@ -179,7 +176,7 @@ def pretrain(
     card = {
         "command": f"python -m lesslib.pretrain --start {Path(start).name} --out OUT --minutes {minutes:g} --tokens {tokens} "
         f"--batch {batch} --lr {lr:g} --seed {seed} --windows {windows}"
-        + (f" --stories {stories:g} --answers {answers:g}" if stories else ""),
+        + "".join(f" --{x} {settings[x]:g}" for x in ("stories", "answers", "echoes") if settings[x] != (x == "answers")),
         "data": {n: c.record() | {"share": round(mix[n], 4), "held_out_documents": HELD_OUT.get(n, 0)} for n, c in corpora.items()},
         "parameters": model.num_parameters(), "context": length, "vocabulary": model.config.vocab_size, "seed": seed, "steps": step,
         "tokens_seen_millions": round(seen / 1e6, 2), "minutes": round((now - begun) / 60, 1),
@@ -202,6 +199,7 @@ def main() -> None:
     p.add_argument("--windows", type=int, default=64, help="held-out windows per corpus, each inside one document")
     p.add_argument("--stories", type=float, default=0.0, help="share of the windows that are of storyworld's stories and tasks")
     p.add_argument("--answers", type=float, default=1.0, help="how often a token that follows a colon in its line counts in the loss")
+    p.add_argument("--echoes", type=float, default=0.0, help="share of the windows that say one stretch over and over, to learn copying")
     p.add_argument("--save-every", type=float, default=240.0, help="seconds between checkpoints")
     keep_memory()
     pretrain(**vars(p.parse_args()))

@@ -214,6 +214,19 @@ def test_stories_take_their_share_and_their_answers_count(start, corpora, tmp_pa
         pretrain(start, tmp_path / "stories", **SETTINGS, stories=0.5)
 
 
+def test_echoes_say_a_stretch_over_and_over(start, corpora, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "weighted_loss", lambda logits, ids, *rest: seen.append(ids) or weighted_loss(logits, ids, *rest))
+    card = pretrain(start, tmp_path / "echoes", **SETTINGS, echoes=0.999999)
+    assert card["command"].endswith("--echoes 0.999999")
+    rows = torch.cat(seen)
+    assert rows.shape == (12, 32)
+    assert (rows[:, 0] == 0).all()
+    assert all(any(torch.equal(row[1 + n :], row[1:-n]) for n in range(1, 9)) for row in rows)  # 31 tokens, stretches of 8 at the most
+    with pytest.raises(ValueError, match=r"was made with another echoes"):
+        pretrain(start, tmp_path / "echoes", **SETTINGS)
+
+
 def test_the_command_line_passes_every_setting(monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(module, "pretrain", lambda **settings: seen.update(settings))
@@ -221,4 +234,4 @@ def test_the_command_line_passes_every_setting(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", f"pretrain --start a --out {tmp_path} --minutes inf --lr 0.1 --windows 5".split())
     module.main()
     assert seen == {"start": "a", "out": tmp_path, "minutes": math.inf, "tokens": 100_000_000, "batch": 8, "lr": 0.1, "seed": 0,
-                    "windows": 5, "stories": 0.0, "answers": 1.0, "save_every": 240}  # fmt: skip
+                    "windows": 5, "stories": 0.0, "answers": 1.0, "echoes": 0.0, "save_every": 240}  # fmt: skip
