@@ -110,12 +110,15 @@ def low_rank_residuals(record: dict) -> list[Verdict]:
 def training_kernels(record: dict) -> list[Verdict]:
     """Section 3.2: training works in every layer, and beats more tokens."""
     curves = {f"{name}, layer {i}": c for name, p in record["points"].items() for i, c in p["layers"].items()}
+    beside = [curves[name]["best"] for name in ("h2o 5%, here, layer 0", "h2o 5%, layer 0") if name in curves]
     left, worst = max((c["best"], name) for name, c in curves.items())
     better = sum(c["best"] < c["baseline_plus"] for c in curves.values())
     return [
         Verdict("trained kernels leave less error than eviction alone in every layer", left < 1.0, f"at most {left:.1%} of it ({worst})"),
         Verdict("and less than Baseline+ does", better == len(curves), f"in {better} of {len(curves)} cases"),
-    ]
+        *(Verdict("a layer trained here leaves as much as the carried one does (within 10%)", abs(beside[0] / beside[1] - 1) <= 0.1,
+                  f"{beside[0]:.3f} against {beside[1]:.3f}") for _ in beside[1:]),
+    ]  # fmt: skip
 
 
 def training_speed(record: dict) -> list[Verdict]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,13 +15,12 @@ from .answers import continuations, option_scores, prompts, rouge
 from .cache import LessCache
 from .data import encode
 from .data.tasks import load_task, task_record
-from .experiments import kernels_dir, model_of, record, score, setting, windows_of
+from .experiments import fit, model_of, record, score, setting, windows_of
 from .hf import capture, less
 from .kernels import Kernels
-from .models import check_fit, kernel_path, model_shape
+from .models import check_fit, model_shape
 from .policies import simulate
 from .profiles import TASKS, get_profile, roles
-from .train import train_for_profile
 
 METHODS = ("Full", "Baseline", "Baseline+", "LESS (5%)")
 MAP_TOKENS, MAP_SIZE, MAP_WINDOWS = 192, 64, 6  # of an attention map: tokens, its pixels, windows that distances are averaged over
@@ -103,10 +101,7 @@ def summarization(profile: str, role: str, seed: int = 0) -> dict:
         data.append(functools.partial(task_record, task, t.texts, shots, t.length))
 
     def compute(name: str, train: float = 0.0, **case) -> dict:
-        if not train:
-            return summarise(profile, seed, name, **case)
-        path = kernel_path(name, "h2o", train, kernels_dir(profile, p.kernel_size), seed)
-        return {"layers": train_for_profile(replace(p, model=name), "h2o", train, path, seed)}
+        return fit(profile, seed, fraction=train, name=name) if train else summarise(profile, seed, name, **case)
 
     return record(f"summarization_{role}", profile, seed, points, compute, *data, model_name=name)
 
@@ -172,8 +167,7 @@ def attention_maps(profile: str, seed: int = 0) -> dict:
             rows = {"original": attention_rows(q, k, scaling), "sparse": attention_rows(q, k, scaling, times)}
             rows["LESS"] = attention_rows(q, k, scaling, times, cast(Kernels, kernels)[layer])
             for label in ("sparse", "LESS"):
-                past = hellinger(rows["original"], rows[label])[:, :, chosen.budget :]
-                distances[str(layer)][label].append(round(past.mean().item(), 5))
+                distances[str(layer)][label].append(hellinger(rows["original"], rows[label])[:, :, chosen.budget :].mean().item())
             if layer == model_shape(model)["layers"] // 2 and not maps:
                 maps.update({label: picture(x) for label, x in rows.items()})
 
@@ -194,8 +188,7 @@ def kernel_size(profile: str, seed: int = 0) -> dict:
 
     def compute(fraction: float, kernel_size: int, method: str) -> dict:
         if method.startswith("LESS") and kernel_size != p.kernel_size:
-            path = kernel_path(p.model, "h2o", fraction, kernels_dir(profile, kernel_size), seed)
-            train_for_profile(replace(p, kernel_size=kernel_size), "h2o", fraction, path, seed)
+            fit(profile, seed, fraction=fraction, kernel_size=kernel_size)
         return score(profile, seed, corpus, method, fraction=fraction, kernel_size=kernel_size)
 
     return record("kernel_size", profile, seed, points, compute, corpus, *p.training)
@@ -212,12 +205,7 @@ def seeds(profile: str, seed: int = 0, count: int = 3) -> dict:
     data = [functools.partial(task_record, task, t.texts, shots, t.length) for task, shots, _ in t.summaries]
 
     def compute(s: int, corpus: str | None = None, **case) -> dict:
-        where: dict[str, Any] = {"method": "LESS (5%)", "fraction": 0.05}
-        if corpus:
-            return score(profile, s, corpus, **where)
-        if case:
-            return summarise(profile, s, p.model, **case, **where)
-        path = kernel_path(p.model, "h2o", 0.05, kernels_dir(profile, p.kernel_size), s)
-        return {"layers": train_for_profile(p, "h2o", 0.05, path, s)}
+        at: dict[str, Any] = {"method": "LESS (5%)", "fraction": 0.05}
+        return score(profile, s, corpus, **at) if corpus else summarise(profile, s, p.model, **case, **at) if case else fit(profile, s)
 
     return record("seeds", profile, seed, points, compute, *corpora, *p.training, *data)

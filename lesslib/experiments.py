@@ -20,8 +20,8 @@ from .data import load_corpus, training_windows
 from .evaluate import Window, evaluation_windows, perplexity
 from .hf import attention_modules, less, output_projection, replace_attention
 from .kernels import Kernels
-from .models import kernel_path, load_kernels, load_model, model_shape
-from .policies import Full, Policy, budget_of, get_policy
+from .models import ASSETS, kernel_path, load_kernels, load_model, model_shape
+from .policies import Full, Policy, budget_of, get_policy, one_thread
 from .profiles import get_profile, roles
 from .results import results_dir, sweep
 from .train import LayerTrainer, Recipe, capture_layers, layer_pool, train_for_profile
@@ -58,9 +58,20 @@ def record(
 
 
 def kernels_dir(profile: str, kernel_size: int) -> Path:
-    """Where a profile's own kernels lie; those of another R than the profile's in a folder of their own."""
-    folder = results_dir(profile) / "kernels"
-    return folder if kernel_size == get_profile(profile).kernel_size else folder / f"R{kernel_size}"
+    """Where a profile's kernels lie: below its results, or in the package if that will do and none were trained here; by R."""
+    p, own = get_profile(profile), results_dir(profile) / "kernels"
+    folder = ASSETS / "kernels" if p.carried and not own.is_dir() else own
+    return folder if kernel_size == p.kernel_size else folder / f"R{kernel_size}"
+
+
+def fit(profile: str, seed: int, policy: str = "h2o", fraction: float = 0.05, name: str | None = None, kernel_size: int = 0) -> dict:
+    """Train one set of kernels, or take those that the package carries (see `kernels_dir`): their curves by layer."""
+    p = get_profile(profile)
+    p = replace(p, model=name or p.model, kernel_size=kernel_size or p.kernel_size)
+    folder = kernels_dir(profile, p.kernel_size)
+    if folder.is_relative_to(ASSETS):
+        return {"layers": load_kernels(p.model, policy, fraction, folder, seed).header["curves"], "carried": True}
+    return {"layers": train_for_profile(p, policy, fraction, kernel_path(p.model, policy, fraction, folder, seed), seed)}
 
 
 def setting(
@@ -80,7 +91,7 @@ def setting(
     elif method == "Performer":
         kernels = Kernels.performer(shape, R, seed)
     elif method.startswith("LESS"):
-        trained = () if p.quick or carried else (kernels_dir(profile, R), seed)  # by notebook 02, or those of the package
+        trained = () if carried else (kernels_dir(profile, R), seed)
         kernels = load_kernels(name or p.model, policy, float(method[6:-2]) / 100, *trained)
     return chosen, kernels
 
@@ -119,10 +130,7 @@ def multi_query(profile: str, seed: int = 0) -> dict:
         points[f"{c}/Full" if m == "Full" else f"{c}/5%/{m}"] = {"corpus": c, "method": m, "fraction": 0.05, "name": name}
 
     def compute(name: str, **case) -> dict:
-        if case:
-            return score(profile, seed, name=name, **case)
-        path = kernel_path(name, "h2o", 0.05, results_dir(profile) / "kernels", seed)
-        return {"layers": train_for_profile(replace(p, model=name), "h2o", 0.05, path, seed)}
+        return score(profile, seed, name=name, **case) if case else fit(profile, seed, name=name)
 
     return record("multi_query", profile, seed, points, compute, *p.evaluation, *p.training, model_name=name)
 
@@ -183,16 +191,31 @@ def sparse_policies(profile: str, seed: int = 0) -> dict:
     return record("sparse_policies", profile, seed, points, functools.partial(score, profile, seed), *corpora)
 
 
+def layer_trainers(profile: str, seed: int, fraction: float, layers: Callable, count: int) -> dict[int, LayerTrainer]:
+    """Of some `layers` of all, what their kernels for H2O are trained with, from `count` windows."""
+    p, (model, tokenizer) = get_profile(profile), model_of(get_profile(profile).model)
+    windows = training_windows([load_corpus(c) for c in p.training], tokenizer, model_shape(model)["context"], count, seed)
+    policy, modules = get_policy("h2o").from_fraction(fraction, windows.shape[1]), attention_modules(model)
+    captured = capture_layers(model, windows, layers(list(modules)))
+    return {i: LayerTrainer(d, policy, output_projection(modules[i]).weight.detach(), p.validation) for i, d in captured.items()}
+
+
 def training_kernels(profile: str, seed: int = 0) -> dict:
-    """Train every set of kernels that the profile's tables use; curves of LESS and Baseline+ by layer."""
+    """Every set of kernels that notebooks 03 and 04 use, trained or carried: their curves by layer; and then one layer trained here."""
     p = get_profile(profile)
     sets = [("h2o", f) for f in p.fractions] + ([] if p.quick else [("lambda", 0.05), ("tova", 0.05)])
+    points: dict[str, dict] = {f"{policy} {fraction:.0%}": {"policy": policy, "fraction": fraction} for policy, fraction in sets}
+    if p.carried:
+        points["h2o 5%, here"] = {"layer": 0}
 
-    def compute(policy: str, fraction: float) -> dict:
-        path = kernel_path(p.model, policy, fraction, results_dir(profile) / "kernels", seed)
-        return {"layers": train_for_profile(p, policy, fraction, path, seed)}
+    def compute(policy: str = "h2o", fraction: float = 0.05, layer: int | None = None) -> dict:
+        if layer is None:
+            return fit(profile, seed, policy, fraction)
+        recipe, shape = Recipe.of(p, seed), model_shape(model_of(p.model)[0])
+        trainer = layer_trainers(profile, seed, fraction, lambda layers: [layer], p.sequences)[layer]
+        with one_thread():
+            return {"layers": {str(layer): trainer.fit(Kernels.new(shape, p.kernel_size, p.hidden, p.dropout, seed)[layer], recipe)}}
 
-    points = {f"{policy} {fraction:.0%}": {"policy": policy, "fraction": fraction} for policy, fraction in sets}
     return record("training_kernels", profile, seed, points, compute, *p.training)
 
 
@@ -204,15 +227,8 @@ def recipes(profile: str, seed: int = 0) -> dict:
     points = {"this profile": base}
     for name, values in ({"lr": (1e-3,)} if p.quick else changes).items():
         points |= {f"{name} {value:g}": base | {name: value} for value in values if value != base[name]}
-
-    @functools.cache
-    def trainers() -> dict[int, LayerTrainer]:
-        model, tokenizer = model_of(p.model)
-        corpora, count = [load_corpus(c) for c in p.training], min(p.sequences, ABLATION_WINDOWS)
-        windows = training_windows(corpora, tokenizer, model_shape(model)["context"], count, seed)
-        policy, modules = get_policy("h2o").from_fraction(min(p.fractions), windows.shape[1]), attention_modules(model)
-        layers = capture_layers(model, windows, [min(modules), max(modules)])
-        return {i: LayerTrainer(d, policy, output_projection(modules[i]).weight.detach(), p.validation) for i, d in layers.items()}
+    count, ends = min(p.sequences, ABLATION_WINDOWS), lambda layers: [min(layers), max(layers)]
+    trainers = functools.cache(lambda: layer_trainers(profile, seed, min(p.fractions), ends, count))
 
     def compute(**recipe) -> dict:
         r, model, layers = Recipe(**recipe), model_of(p.model)[0], trainers()

@@ -105,29 +105,21 @@ def training_speed(record: dict) -> Figure:
 
 
 def perplexity_by_budget(record: dict, corpora: list[str], fractions: list[float]) -> Figure:
-    figure, panels = axes(len(corpora))
-    for panel, corpus in zip(panels, corpora, strict=True):
-        methods = list(cells(record, f"{corpus}/{fractions[0]:.0%}"))
-        panel.axhline(record["points"][f"{corpus}/Full"]["token_ppl"], color=COLOURS["Full"], ls="--", label="Full")
-        for method in methods:
-            y = [record["points"][f"{corpus}/{f:.0%}/{method}"]["token_ppl"] for f in fractions]
-            panel.plot([100 * f for f in fractions], y, color=colour(method, methods), marker=MARKS.get(method, "^"), label=method)
-        panel.set(xlabel="H2O budget, % of the context", ylabel="token perplexity", title=corpus, xticks=[100 * f for f in fractions])
-    panels[0].legend(fontsize=8)
-    return figure
+    panels, x = {}, [100 * f for f in fractions]
+    for corpus in corpora:
+        full = record["points"][f"{corpus}/Full"]["token_ppl"]
+        panels[corpus] = {"Full": (x, [full for _ in x])}
+        for method in cells(record, f"{corpus}/{fractions[0]:.0%}"):
+            panels[corpus][method] = (x, [record["points"][f"{corpus}/{f:.0%}/{method}"]["token_ppl"] for f in fractions])
+    return curves(panels, "H2O budget, % of the context", "token perplexity")
 
 
 def by_position(full: dict, rows: dict[str, dict], title: str) -> Figure:
     """What each method loses against the full cache along the context: the one picture of the effect."""
-    figure, (panel,) = axes(1, width=6)
-    for method, row in rows.items():
-        excess = [a - b for a, b in zip(row["by_position"], full["by_position"], strict=True)]
-        centres = [POSITION_BIN * (i + 0.5) for i in range(len(excess))]
-        panel.plot(centres, excess, color=colour(method, list(rows)), marker=MARKS.get(method, "^"), ms=4, label=method)
-    panel.axhline(0, color=COLOURS["Full"], ls="--", label="Full")
-    panel.set(xlabel="position in the context", ylabel="nats a token above the full cache", title=title)
-    panel.legend()
-    return figure
+    centres = [POSITION_BIN * (i + 0.5) for i in range(len(full["by_position"]))]
+    lost = {m: np.subtract(row["by_position"], full["by_position"]) for m, row in ({"Full": full} | rows).items()}
+    panels = {title: {m: (centres, y) for m, y in lost.items()}}
+    return curves(panels, "position in the context", "nats a token above the full cache", width=6)
 
 
 def bars(groups: dict[str, dict[str, Any]], ylabel: str, title: str, line: float | None = None) -> Figure:
@@ -163,13 +155,13 @@ def mean_bars(groups: dict[str, dict[str, list[float]]], ylabel: str, title: str
     return bars(ends, ylabel, title)
 
 
-def curves(panels: dict[str, dict[str, tuple[Any, Any]]], xlabel: str, ylabel: str, log2: bool = False) -> Figure:
+def curves(panels: dict[str, dict[str, tuple[Any, Any]]], xlabel: str, ylabel: str, log2: bool = False, width: float = 4.2) -> Figure:
     """By panel and method, a line through (x, y)."""
-    figure, drawn = axes(len(panels), width=3.9)
+    figure, drawn = axes(len(panels), width)
     for panel, (title, rows) in zip(drawn, panels.items(), strict=True):
         for method, (x, y) in rows.items():
-            mark = MARKS.get(method, "^") if len(x) < 20 else ""
-            panel.plot(x, y, color=colour(method, list(rows)), ls="--" if method == "Full" else "-", marker=mark, label=method)
+            mark = {"marker": MARKS.get(method, "^"), "markevery": max(1, len(x) // 8), "ms": 4}
+            panel.plot(x, y, color=colour(method, list(rows)), ls="--" if method == "Full" else "-", label=method, **mark)
         panel.set(xlabel=xlabel, title=title)
         if log2:
             panel.set_xscale("log", base=2)
@@ -205,14 +197,9 @@ def scoreboard(rows: list[tuple[str, list[str]]], columns: list[str]) -> Figure:
 
 def cache_bytes(record: dict) -> Figure:
     """What each method's cache holds while a text is read token by token."""
-    figure, (panel,) = axes(1, width=6.2)
-    for method, point in cells(record, "bytes").items():
-        tokens, held = zip(*point["bytes"], strict=True)
-        kib, marker = [b / 1024 for b in held], MARKS.get(method, "")
-        panel.plot(tokens, kib, color=colour(method, [method]), marker=marker, markevery=4, label=method)
-    panel.set(xlabel="tokens seen", ylabel="KiB held by the cache", title="H2O at 5%: keys, values, scores and state", ylim=(0, None))
-    panel.legend()
-    return figure
+    lines = {m: np.array(point["bytes"]).T / [[1], [1024]] for m, point in cells(record, "bytes").items()}
+    title = "H2O at 5%: keys, values, scores and state"
+    return curves({title: {m: (x, y) for m, (x, y) in lines.items()}}, "tokens seen", "KiB held by the cache", width=6.2)
 
 
 def evicted_text(record: dict, width: int = 110) -> Figure:

@@ -16,7 +16,8 @@ class Profile:
     max_windows: int = 64  # evaluation windows per corpus
     batch: int = 8  # evaluation windows at once
     fractions: tuple[float, ...] = (0.02, 0.05, 0.1)  # budgets, as shares of the model's context
-    quick: bool = False  # for tests: the kernels in the package, fewer points
+    quick: bool = False  # for tests: fewer points
+    carried: bool = False  # content with the kernels in the package, until --fresh
     kernel_size: int = 8  # R; from here to train_batch: the recipe of kernel training
     hidden: int = 128
     sequences: int = 96
@@ -32,8 +33,8 @@ class Profile:
 
 PROFILES = {p.name: p for p in (
     Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=8, max_windows=16, fractions=(0.05,),
-            quick=True, sequences=12, validation=4, epochs=3, halve_every=1),
-    Profile("tiny", "two CPU cores, offline, 15 min"),
+            quick=True, carried=True, sequences=12, validation=4, epochs=3, halve_every=1),
+    Profile("tiny", "two CPU cores, offline, 15 min", carried=True),
     Profile("wild", "two CPU cores, 60 min, $LESS_DATA or the hub", evaluation=("wikitext2", "books"), training=("c4",),
             windows_per_document=6, max_windows=60, sequences=208, validation=16, epochs=6, halve_every=2, disk_gib=3.0),
     Profile("paper", "one 80 GiB GPU, the hub, hours", model="meta-llama/Llama-2-7b-hf",
@@ -63,6 +64,9 @@ class Tasks:
     length: int = 400  # words of a story; real texts are cut there
     lengths: tuple[int, ...] = (330, 380, 430, 480)  # the same, of notebook 09's prompts
     withheld: int = 0  # examples asked without their text, to see what the question alone gives away
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.classification] + [name for name, *_ in self.summaries]
 
 
 STORIES = (("summary", 0, 80), ("sentence", 0, 40), ("tellings", 0, 80))

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .profiles import PROFILES, Profile, get_profile
+from .profiles import PROFILES, TASKS, Profile, get_profile
 from .results import ROOT, check_writable, minutes, read_ledger, results_dir, write_bytes, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -72,15 +72,17 @@ class Record:
         write_json(self.home / ".run.json", self.stamps)
 
     def forget(self, notebooks: list[Notebook]) -> None:
-        """--fresh: drop their stamps, the points of the experiments that they call, and the kernels if they train them."""
+        """--fresh: drop their stamps, the points of the experiments that they call, and train the kernels anew if they train them."""
         for notebook in notebooks:
             self.stamps.pop(notebook.name, None)
         write_json(self.home / ".run.json", self.stamps)
-        experiments = {e for n in notebooks for source, _ in n.cells for e in re.findall(r"experiments\.(\w+)\(", source)}
+        calls = re.compile(r"(?:experiments|downstream)\.(\w+)\(")
+        experiments = tuple(e for n in notebooks for source, _ in n.cells for e in calls.findall(source))
         if points := read_ledger(ledger := self.home / ".ledger.json"):
-            write_json(ledger, [point for point in points if point.split(":")[0] not in experiments])
+            write_json(ledger, [point for point in points if not point.startswith(experiments)])  # "summarization" has a record by model
         if "training_kernels" in experiments:
             shutil.rmtree(self.home / "kernels", ignore_errors=True)
+            (self.home / "kernels").mkdir(parents=True)  # from now on this profile's own are trained and used
 
 
 def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: bool) -> Iterator[str]:
@@ -106,10 +108,12 @@ def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: b
     import torch  # here: the answer "up to date" needs none of these
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    from .data import hub_reachable, missing
+    from .data import hub_reachable, missing, tasks
     from .models import carried_models
 
     yield from filter(None, map(missing, dict.fromkeys(profile.evaluation + profile.training)))
+    if any("downstream." in source for n in todo for source, _ in n.cells):
+        yield from filter(None, map(tasks.missing, TASKS[profile.name].names()))
     model = profile.model
     local = model in carried_models() or (Path(model) / "config.json").is_file()
     if not local and not isinstance(try_to_load_from_cache(model, "config.json"), str):
@@ -206,6 +210,8 @@ def run(profile: str, record: Record, todo: list[Notebook], options: argparse.Na
     """Execute `todo`, and note in each notebook that was reached how it went."""
     progress, ledger = record.home / ".progress.json", {"LESS_LEDGER": str(record.home / ".ledger.json")}
     env = environment(profile, LESS_PROGRESS=str(progress), **({"LESS_FROM_RESULTS": "1"} if options.from_results else ledger))
+    if options.seed:
+        (record.home / "kernels").mkdir(exist_ok=True)  # the package carries those of seed 0
     os.environ.clear()  # kernels inherit this process's environment
     os.environ.update(env)
     for i, n in enumerate(todo, 1):

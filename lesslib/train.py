@@ -273,7 +273,7 @@ def train(
                 finally:
                     stop.set()
         curves = {str(i): curves[str(i)] for i in range(shape["layers"])}
-    kernels.header["relative_error"] = {i: round(c["best"], 4) for i, c in curves.items()}
+    kernels.header["curves"] = curves
     kernels.save(path)
     shutil.rmtree(parts[0].parent)
     return kernels.eval(), curves

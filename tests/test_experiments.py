@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lesslib import claims, experiments, plots
+from lesslib.models import ASSETS, load_kernels
 from lesslib.paper import PAPER, table2, table7
 from lesslib.parallel import dense_attention
-from lesslib.results import ROOT
+from lesslib.results import ROOT, results_dir
 
 
 def test_topk_with_every_key_is_dense_attention_and_with_one_is_the_heaviest_value():
@@ -72,6 +73,28 @@ def test_verdicts_of_figure_3_hold_and_fail(low):
         points[f"rank {rank}"] = {"parameters": {"what": "perplexity", "fraction": 0.05, "rank": rank}, "token_ppl": ppl}
     found = claims.low_rank_residuals({"points": points})
     assert [v.holds for v in found] == [low] * 3
+
+
+@pytest.mark.parametrize(("here", "holds"), [(0.21, True), (0.3, False)])
+def test_a_layer_trained_here_is_compared_with_the_carried_one(here, holds):
+    best = {"h2o 5%": 0.2, "h2o 5%, here": here}
+    points = {name: {"layers": {"0": {"best": error, "baseline_plus": 0.9}}} for name, error in best.items()}
+    assert [v.holds for v in claims.training_kernels({"points": points})] == [True, True, holds]
+
+
+def test_carried_kernels_do_until_some_are_trained_here(monkeypatch):
+    assert experiments.kernels_dir("tiny", 8) == ASSETS / "kernels"
+    assert experiments.kernels_dir("tiny", 16) == ASSETS / "kernels" / "R16"
+    assert experiments.kernels_dir("wild", 8) == results_dir("wild") / "kernels"
+    found = experiments.fit("tiny", 0)
+    assert found["carried"]
+    assert found["layers"] == load_kernels("pico-llama", "h2o", 0.05).header["curves"]
+    assert all(c["best"] == min(c["validation"]) < c["baseline_plus"] for c in found["layers"].values())
+    (results_dir("tiny") / "kernels").mkdir(parents=True)
+    assert experiments.kernels_dir("tiny", 8) == results_dir("tiny") / "kernels"
+    monkeypatch.setattr(experiments, "train_for_profile", lambda p, *rest: (p.model, p.kernel_size, *rest))
+    path = results_dir("tiny") / "kernels" / "R16" / "pico-falcon" / "lambda-0.1-seed3.safetensors"
+    assert experiments.fit("tiny", 3, "lambda", 0.1, "pico-falcon", 16) == {"layers": ("pico-falcon", 16, "lambda", 0.1, path, 3)}
 
 
 @pytest.mark.parametrize("good", [True, False])
