@@ -60,7 +60,7 @@ def record(
 def kernels_dir(profile: str, kernel_size: int) -> Path:
     """Where a profile's kernels lie: below its results, or in the package if that will do and none were trained here; by R."""
     p, own = get_profile(profile), results_dir(profile) / "kernels"
-    folder = ASSETS / "kernels" if p.carried and not own.is_dir() else own
+    folder = ASSETS / "kernels" if p.quick or (p.carried and not own.is_dir()) else own
     return folder if kernel_size == p.kernel_size else folder / f"R{kernel_size}"
 
 
@@ -70,7 +70,7 @@ def fit(profile: str, seed: int, policy: str = "h2o", fraction: float = 0.05, na
     p = replace(p, model=name or p.model, kernel_size=kernel_size or p.kernel_size)
     folder = kernels_dir(profile, p.kernel_size)
     if folder.is_relative_to(ASSETS):
-        return {"layers": load_kernels(p.model, policy, fraction, folder, seed).header["curves"], "carried": True}
+        return {"layers": load_kernels(p.model, policy, fraction, folder, 0 if p.quick else seed).header["curves"], "carried": True}
     return {"layers": train_for_profile(p, policy, fraction, kernel_path(p.model, policy, fraction, folder, seed), seed)}
 
 
@@ -91,7 +91,7 @@ def setting(
     elif method == "Performer":
         kernels = Kernels.performer(shape, R, seed)
     elif method.startswith("LESS"):
-        trained = () if carried else (kernels_dir(profile, R), seed)
+        trained = () if carried else (kernels_dir(profile, R), 0 if p.quick else seed)
         kernels = load_kernels(name or p.model, policy, float(method[6:-2]) / 100, *trained)
     return chosen, kernels
 
@@ -191,12 +191,12 @@ def sparse_policies(profile: str, seed: int = 0) -> dict:
     return record("sparse_policies", profile, seed, points, functools.partial(score, profile, seed), *corpora)
 
 
-def layer_trainers(profile: str, seed: int, fraction: float, layers: Callable, count: int) -> dict[int, LayerTrainer]:
-    """Of some `layers` of all, what their kernels for H2O are trained with, from `count` windows."""
+def layer_trainers(profile: str, seed: int, fraction: float, layers: tuple[int, ...], count: int) -> dict[int, LayerTrainer]:
+    """What the kernels of some `layers` (-1 is the last) for H2O are trained with, from `count` windows."""
     p, (model, tokenizer) = get_profile(profile), model_of(get_profile(profile).model)
     windows = training_windows([load_corpus(c) for c in p.training], tokenizer, model_shape(model)["context"], count, seed)
     policy, modules = get_policy("h2o").from_fraction(fraction, windows.shape[1]), attention_modules(model)
-    captured = capture_layers(model, windows, layers(list(modules)))
+    captured = capture_layers(model, windows, [sorted(modules)[i] for i in layers])
     return {i: LayerTrainer(d, policy, output_projection(modules[i]).weight.detach(), p.validation) for i, d in captured.items()}
 
 
@@ -212,7 +212,7 @@ def training_kernels(profile: str, seed: int = 0) -> dict:
         if layer is None:
             return fit(profile, seed, policy, fraction)
         recipe, shape = Recipe.of(p, seed), model_shape(model_of(p.model)[0])
-        trainer = layer_trainers(profile, seed, fraction, lambda layers: [layer], p.sequences)[layer]
+        trainer = layer_trainers(profile, seed, fraction, (layer,), p.sequences)[layer]
         with one_thread():
             return {"layers": {str(layer): trainer.fit(Kernels.new(shape, p.kernel_size, p.hidden, p.dropout, seed)[layer], recipe)}}
 
@@ -227,8 +227,8 @@ def recipes(profile: str, seed: int = 0) -> dict:
     points = {"this profile": base}
     for name, values in ({"lr": (1e-3,)} if p.quick else changes).items():
         points |= {f"{name} {value:g}": base | {name: value} for value in values if value != base[name]}
-    count, ends = min(p.sequences, ABLATION_WINDOWS), lambda layers: [min(layers), max(layers)]
-    trainers = functools.cache(lambda: layer_trainers(profile, seed, min(p.fractions), ends, count))
+    count = min(p.sequences, ABLATION_WINDOWS)
+    trainers = functools.cache(lambda: layer_trainers(profile, seed, min(p.fractions), (0, -1), count))
 
     def compute(**recipe) -> dict:
         r, model, layers = Recipe(**recipe), model_of(p.model)[0], trainers()

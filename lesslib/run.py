@@ -82,7 +82,7 @@ class Record:
             write_json(ledger, [point for point in points if not point.startswith(experiments)])  # "summarization" has a record by model
         if "training_kernels" in experiments:
             shutil.rmtree(self.home / "kernels", ignore_errors=True)
-            (self.home / "kernels").mkdir(parents=True)  # from now on this profile's own are trained and used
+            (self.home / "kernels").mkdir(parents=True, exist_ok=True)  # from now on this profile's own are trained and used
 
 
 def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: bool) -> Iterator[str]:

@@ -159,7 +159,7 @@ def claim_list() -> list[dict[str, Any]]:
 def verdicts(claim: dict[str, Any], profile: str) -> list[Verdict]:
     """What the recorded results of `profile` say to a claim; nothing where a record that it needs is missing."""
     records = [load(name, profile) for name in claim["needs"]]
-    decide = globals().get(claim["decide"]) or getattr(claims, claim["decide"], None)
+    decide = claim["decide"] and (globals().get(claim["decide"]) or getattr(claims, claim["decide"]))  # null: nothing decides it yet
     return list(decide(*records, **claim.get("options", {}))) if decide and None not in records else []
 
 

@@ -90,7 +90,11 @@ def test_carried_kernels_do_until_some_are_trained_here(monkeypatch):
     assert found["carried"]
     assert found["layers"] == load_kernels("pico-llama", "h2o", 0.05).header["curves"]
     assert all(c["best"] == min(c["validation"]) < c["baseline_plus"] for c in found["layers"].values())
-    (results_dir("tiny") / "kernels").mkdir(parents=True)
+    for profile in ("tiny", "smoke"):
+        (results_dir(profile) / "kernels").mkdir(parents=True)
+    assert experiments.kernels_dir("smoke", 8) == ASSETS / "kernels"  # which only has the first seed's
+    assert experiments.fit("smoke", 1) == found
+    assert experiments.setting("smoke", 1, "LESS (5%)", fraction=0.05)[1].header["seed"] == 0
     assert experiments.kernels_dir("tiny", 8) == results_dir("tiny") / "kernels"
     monkeypatch.setattr(experiments, "train_for_profile", lambda p, *rest: (p.model, p.kernel_size, *rest))
     path = results_dir("tiny") / "kernels" / "R16" / "pico-falcon" / "lambda-0.1-seed3.safetensors"
