@@ -20,7 +20,7 @@ from .hf import capture, less
 from .kernels import Kernels
 from .models import check_fit, model_shape
 from .policies import simulate
-from .profiles import TASKS, get_profile, roles
+from .profiles import get_profile, get_tasks, roles
 
 METHODS = ("Full", "Baseline", "Baseline+", "LESS (5%)")
 MAP_TOKENS, MAP_SIZE, MAP_WINDOWS = 192, 64, 6  # of an attention map: tokens, its pixels, windows that distances are averaged over
@@ -46,7 +46,7 @@ def classify(
 
 def classification(profile: str, seed: int = 0) -> dict:
     """Table 3: two tasks under a Lambda mask at 5% of the context, and what is left of them when the text is withheld."""
-    t, points = TASKS[profile], dict[str, dict]()
+    t, points = get_tasks(profile), dict[str, dict]()
     for task, shots in t.classification:
         where = {"task": task, "shots": shots, "count": t.choices, "length": t.length}
         points |= {f"{task}/{m}": where | {"method": m, "policy": "lambda", "fraction": 0.05} for m in METHODS}
@@ -84,7 +84,7 @@ TABLES: dict[str, tuple[tuple[float, ...], tuple[int, ...], int]] = {
 
 def summarization(profile: str, role: str, seed: int = 0) -> dict:
     """Tables 4 and 5 for one model: `role` "llama" (Table 5), "wide" or "falcon" (Table 4; also at the budgets that others reran)."""
-    p, t, name, (fractions, trained, tasks) = get_profile(profile), TASKS[profile], roles(profile)[role], TABLES[role]
+    p, t, name, (fractions, trained, tasks) = get_profile(profile), get_tasks(profile), roles(profile)[role], TABLES[role]
     points, data = dict[str, dict](), list[Any]()
     if p.quick:
         fractions, trained, tasks = fractions[:1], trained[-1:], 1
@@ -108,7 +108,7 @@ def summarization(profile: str, role: str, seed: int = 0) -> dict:
 
 def prompt_length(profile: str, seed: int = 0) -> dict:
     """Figure 8: ROUGE-1 against the prompt's length at 5% H2O, by example."""
-    p, t, points, data = get_profile(profile), TASKS[profile], dict[str, dict](), []
+    p, t, points, data = get_profile(profile), get_tasks(profile), dict[str, dict](), []
     for task, shots, new_tokens in t.summaries[:2]:
         for length in t.lengths:
             where = {"name": p.model, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": length}
@@ -196,7 +196,7 @@ def kernel_size(profile: str, seed: int = 0) -> dict:
 
 def seeds(profile: str, seed: int = 0, count: int = 3) -> dict:
     """The headline rows again with kernels of other seeds: perplexity and ROUGE of LESS (5%) at 5% H2O."""
-    p, t = get_profile(profile), TASKS[profile]
+    p, t = get_profile(profile), get_tasks(profile)
     corpora, points = p.evaluation, dict[str, dict]()
     for s in range(seed, seed + count):
         points |= {f"kernels/{s}": {"s": s}} | {f"{c}/{s}": {"s": s, "corpus": c} for c in corpora}

@@ -36,6 +36,12 @@ def carried_models() -> list[str]:
     return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
 
 
+def folder_of(name: str) -> Path | None:
+    """Where a model lies on this machine: carried, below $LESS_MODELS by its hub name, or a folder itself; None for the hub's."""
+    places = [ASSETS / name] * (name in carried_models()) + [Path(os.environ[v], name) for v in ("LESS_MODELS",) if os.environ.get(v)]
+    return next((p for p in (*places, Path(name)) if (p / "config.json").is_file()), None)
+
+
 def _revision(folder: Path) -> str:
     """12 hex digits over the size and the ends of every weight file: enough to tell two trainings apart, at any size."""
     digest = hashlib.sha256()
@@ -59,12 +65,11 @@ def load_model(
     name = os.fspath(name)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    folder = ASSETS / name if name in carried_models() else Path(name)
-    local = (folder / "config.json").is_file()
-    if not local and (folder.is_dir() or name.count("/") != 1):
+    folder = folder_of(name)
+    if folder is None and (Path(name).is_dir() or name.count("/") != 1):
         known = f"carried models are {', '.join(carried_models())}; else give a folder with config.json or a hub name such as org/model"
         raise ValueError(f"unknown model {name!r}: {known}")
-    part, source, offline = "tokenizer", str(folder) if local else name, local or not hub_reachable()
+    part, source, offline = "tokenizer", str(folder or name), folder is not None or not hub_reachable()
     hook = logging.set_tqdm_hook(lambda bar, args, options: hook(bar, args, options) if hook else bar(*args, **options | {"disable": True}))
     try:  # with the hook, no "Loading weights" bar; those of downloads stay
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
@@ -72,7 +77,7 @@ def load_model(
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, local_files_only=offline, output_loading_info=True)
     except Exception as e:  # transformers raises OSError, ValueError, RuntimeError, JSONDecodeError and SafetensorError here
         reason = f"its {part} could not be loaded ({type(e).__name__}: {(str(e).strip() or repr(e)).splitlines()[0]})"
-        if local:
+        if folder:
             raise ValueError(f"model {name!r}: {reason}; copy or save the folder {folder} again") from e
         fix = "the hub cannot be reached: connect," if offline else "check the name, log in with `hf auth login` if it is gated,"
         raise FileNotFoundError(f"model {name!r}: {reason}; {fix} or give a folder") from e
@@ -83,8 +88,8 @@ def load_model(
     bad += [f"{n} holds NaN or infinite weights" for n, p in model.named_parameters() if not p.isfinite().all()]
     if bad:
         raise ValueError(f"model {name!r}: {bad[0]}; copy, fetch or train it again")
-    revision = _revision(folder) if local else str(getattr(model.config, "_commit_hash", None))
-    model.less_identity = {"model": folder.absolute().name if local else name, "revision": revision}
+    revision = _revision(folder) if folder else str(getattr(model.config, "_commit_hash", None))
+    model.less_identity = {"model": folder.absolute().name if folder == Path(name) else name, "revision": revision}
     return model.to(device).eval(), tokenizer
 
 

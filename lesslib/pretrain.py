@@ -5,12 +5,12 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Corpus, Document, encode, load_corpus
 from .evaluate import Window, perplexity
@@ -45,7 +45,25 @@ def new_falcon(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         pairs.append((mine.input_layernorm, its.input_layernorm))
     for norm, other in pairs:
         norm.weight.data.copy_(other.weight)
-    return falcon.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return falcon, tokenizer
+
+
+def new_wide(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """pico-llama with twice the heads and MLPs 2.5 times as wide, which computes the same function until it is trained: what is added
+    to an attention or MLP is drawn anew but for its output's weights, which are 0."""
+    llama, tokenizer = load_model("pico-llama", "cpu")
+    heads = 2 * llama.config.num_attention_heads
+    torch.manual_seed(seed)
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "intermediate_size": llama.config.intermediate_size * 5 // 2}
+    wide: Any = LlamaForCausalLM(LlamaConfig(**llama.config.to_dict() | sizes))
+    for name, old in llama.named_parameters():
+        new = wide.get_parameter(name).data
+        new *= not name.endswith(("o_proj.weight", "down_proj.weight"))
+        new[tuple(slice(n) for n in old.shape)] = old.data
+    return wide, tokenizer
+
+
+NEW = {"new-falcon": new_falcon, "new-wide": new_wide}
 
 
 def split(corpora: dict[str, Corpus]) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
@@ -98,21 +116,23 @@ class Windows:
 def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, colon: int, newline: int, weight: float) -> torch.Tensor:
     """Mean cross-entropy of logits [B, S, V] on ids [B, S]; what follows a colon in its line, as answers do, counts `weight` times."""
     at = [torch.where(ids == token, torch.arange(ids.shape[1], device=ids.device), -1) for token in (colon, newline)]
-    weights = torch.where(at[0].cummax(1).values > at[1].cummax(1).values, weight, 1.0)[:, :-1]  # the last one so far
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
-    return (losses * weights).sum() / weights.sum()
+    weights = torch.where(at[0].cummax(1).values > at[1].cummax(1).values, weight, 1.0)  # the last one so far
+    weights[:, -1] = 0  # nothing follows; kept, since logits without a row would have to be copied
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), ids.roll(-1, 1).flatten(), reduction="none")
+    return (losses * weights.flatten()).sum() / weights.sum()
 
 
 def pretrain(
     start: str, out: Path, minutes: float, tokens: int, batch: int, lr: float, seed: int, windows: int, stories: float = 0.0,
     answers: float = 1.0, echoes: float = 0.0, save_every: float = 240,
 ) -> dict:  # fmt: skip
-    """Continue `start` (a carried model, a folder, a hub name, "new-falcon") into `out`; returns the model card beside the weights.
+    """Continue `start` (a carried model, a folder, a hub name, or one of NEW) into `out`; returns the model card beside the weights.
 
     A second call resumes at the last checkpoint; on CPU with the same weights as an uninterrupted run that the limit on tokens ends.
     Raises ValueError for a checkpoint that is damaged or of other settings, FloatingPointError for a loss that is not finite.
     """
-    model, tokenizer = new_falcon(seed) if start == "new-falcon" else load_model(start, dtype=torch.float32)
+    model, tokenizer = NEW[start](seed) if start in NEW else load_model(start, "cpu", torch.float32)
+    model = cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
     mix = {name: (1 - stories) * share for name, share in MIX.items()} | ({"stories-train": stories} if stories else {})
     length, corpora = model.config.max_position_embeddings, {name: load_corpus(name) for name in mix}
     train, held = ({n: Windows(token_file(out, n, d, tokenizer), length, tokenizer.bos_token_id) for n, d in part.items()}
@@ -189,7 +209,7 @@ def pretrain(
 
 def main() -> None:
     p = argparse.ArgumentParser("python -m lesslib.pretrain", None, __doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--start", required=True, help="model to continue: a carried one, a folder, a hub name, or new-falcon for `new_falcon`")
+    p.add_argument("--start", required=True, help=f"model to continue: a carried one, a folder, a hub name, or {', '.join(NEW)}")
     p.add_argument("--out", type=Path, required=True, help="folder for token files, the checkpoint and the final model/")
     p.add_argument("--minutes", type=float, default=60.0, help="end the run and the learning-rate decay after this wall time (or inf)")
     p.add_argument("--tokens", type=int, default=100_000_000, help="or after this many tokens, whichever comes first")

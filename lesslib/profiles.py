@@ -1,6 +1,6 @@
 """Profiles: what a run of the notebooks uses. A notebook's parameters are `profile` and `seed`, no more."""
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,27 @@ TASKS = {
 }  # fmt: skip
 
 
+def get_limit() -> int | None:
+    """$LESS_LIMIT, to try a profile out: at most so many windows, examples, training sequences and epochs. ValueError for other words."""
+    words = os.environ.get("LESS_LIMIT")
+    if words and not (words.isdecimal() and int(words) >= 2):
+        raise ValueError(f"limit is {words!r}: give a whole number from 2 on, or unset LESS_LIMIT")
+    return int(words) if words else None
+
+
 def get_profile(name: str | None = None) -> Profile:
     """The profile called `name`, or the one that $LESS_PROFILE names, or `tiny`. Raises ValueError for any other name."""
     name = name or os.environ.get("LESS_PROFILE") or "tiny"
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}: choose from {', '.join(PROFILES)}")
-    return PROFILES[name]
+    p, n = PROFILES[name], get_limit()
+    return p if n is None else replace(
+        p, max_windows=min(n, p.max_windows), windows_per_document=min(n, p.windows_per_document), sequences=min(2 * n, p.sequences),
+        validation=min(n, p.validation), epochs=min(n, p.epochs), disk_gib=0.0, gpu_gib=0.0,
+    )  # fmt: skip
+
+
+def get_tasks(profile: str) -> Tasks:
+    """The tasks of a profile, cut to $LESS_LIMIT."""
+    t, n = TASKS[profile], get_limit()
+    return t if n is None else replace(t, choices=min(n, t.choices), texts=min(n, t.texts), withheld=min(n, t.withheld))

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .profiles import get_limit
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def results_dir(profile: str) -> Path:
-    """Where `profile`'s results lie: below $LESS_RESULTS, or the repository's results/."""
-    return Path(os.environ.get("LESS_RESULTS") or ROOT / "results") / profile
+    """Where `profile`'s results lie: below $LESS_RESULTS, or the repository's results/; apart from them where $LESS_LIMIT cuts it short."""
+    limit = get_limit()
+    return Path(os.environ.get("LESS_RESULTS") or ROOT / "results") / (f"{profile}-limit{limit}" if limit else profile)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .profiles import PROFILES, TASKS, Profile, get_profile
+from .profiles import PROFILES, Profile, get_limit, get_profile, get_tasks, roles
 from .results import ROOT, check_writable, minutes, read_ledger, results_dir, write_bytes, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -109,19 +109,20 @@ def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: b
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     from .data import hub_reachable, missing, tasks
-    from .models import carried_models
+    from .models import folder_of
 
     yield from filter(None, map(missing, dict.fromkeys(profile.evaluation + profile.training)))
-    if any("downstream." in source for n in todo for source, _ in n.cells):
-        yield from filter(None, map(tasks.missing, TASKS[profile.name].names()))
-    model = profile.model
-    local = model in carried_models() or (Path(model) / "config.json").is_file()
-    if not local and not isinstance(try_to_load_from_cache(model, "config.json"), str):
+    code = "".join(source for n in todo for source, _ in n.cells)
+    if "downstream." in code:
+        yield from filter(None, map(tasks.missing, get_tasks(profile.name).names()))
+    for model in dict.fromkeys([profile.model, *(roles(profile.name).values() if "downstream." in code else ())]):
+        if folder_of(model) or isinstance(try_to_load_from_cache(model, "config.json"), str):
+            continue
         try:
             if hub_reachable():
                 HfApi().auth_check(model)
             else:
-                yield f"model {model!r}: not on this machine, and the hub cannot be reached; connect, or use another profile"
+                yield f"model {model!r}: not on this machine, and the hub cannot be reached; connect, or name its folder's in LESS_MODELS"
         except Exception as e:  # of the hub's client: gated, not found, no token
             yield f"model {model!r}: {str(e).strip().splitlines()[0]}; accept its licence on the hub and log in with `hf auth login`"
     gpu = torch.cuda.get_device_properties(0).total_memory / 2**30 if profile.gpu_gib and torch.cuda.is_available() else 0.0
@@ -157,7 +158,7 @@ def watching(head: str, file: Path) -> Iterator[None]:
 def environment(profile: str, **more: str) -> dict[str, str]:
     """For kernels: absolute folders, this copy of lesslib, and this interpreter under the kernel name python3."""
     env = {k: v for k, v in os.environ.items() if k not in ("LESS_LEDGER", "LESS_FROM_RESULTS", "LESS_PROGRESS", "JUPYTER_PATH")}
-    env |= {name: os.path.abspath(env[name]) for name in ("LESS_DATA", "LESS_RESULTS") if env.get(name)}
+    env |= {name: os.path.abspath(env[name]) for name in ("LESS_DATA", "LESS_RESULTS", "LESS_MODELS") if env.get(name)}
     env.setdefault("GOMP_SPINCOUNT", "1000")  # at the long default, threads that share a busy core wait for each other for seconds
     path = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return env | {"LESS_PROFILE": profile, "PYTHONPATH": path, "JUPYTER_PREFER_ENV_PATH": "1"} | more
@@ -238,6 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     p = argparse.ArgumentParser("./run_all.sh", description=__doc__, allow_abbrev=False)
     p.add_argument("--profile", help=f"{', '.join(PROFILES)} (default: $LESS_PROFILE, or tiny)")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument("--limit", metavar="N", help="try a profile out: at most N windows, examples and epochs; results/PROFILE-limitN")
     p.add_argument("--only", action="append", default=[], metavar="03", help="these notebooks; may be repeated, or a list with commas")
     either = p.add_mutually_exclusive_group()
     either.add_argument("--fresh", action="store_true", help="compute again what was computed on this machine")
@@ -252,6 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
         p.error(f"unknown argument {extra[0]}")
     if o.refresh and o.seed:
         p.error("--refresh takes the notebooks' own seed, 0")
+    os.environ["LESS_LIMIT"] = "" if o.test else o.limit or os.environ.get("LESS_LIMIT", "")
     paths = sorted(NOTEBOOKS.glob("*.ipynb"))
     if o.test:  # pytest on tests/ and, under `smoke`, on the verdict cells of the notebooks
         command = [sys.executable, "-m", "pytest", "tests", *map(str, paths), "--nbval-lax", "--nbval-current-env", *extra]
@@ -278,8 +281,8 @@ def main(arguments: list[str] | None = None) -> int:
     if o.lab:
         command = [sys.executable, "-m", "jupyterlab", str(NOTEBOOKS), "--KernelManager.transport_encryption=auto", *extra]
         return subprocess.call(command, cwd=ROOT, env=environment(profile.name))
-    flags = ["--from-results"] * o.from_results + ["--refresh"] * o.refresh + [f"--seed {o.seed}"] * bool(o.seed)
-    again = " ".join(["./run_all.sh", "--profile", profile.name, *flags])
+    given = {"--from-results": o.from_results, "--refresh": o.refresh, f"--seed {o.seed}": o.seed, f"--limit {get_limit()}": get_limit()}
+    again = " ".join(["./run_all.sh", "--profile", profile.name, *(flag for flag, on in given.items() if on)])
     for n in chosen:
         n.state = "to run" if n in todo else "up to date"
         if stamp := record.stamps.get(n.name):

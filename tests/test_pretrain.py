@@ -235,3 +235,16 @@ def test_the_command_line_passes_every_setting(monkeypatch, tmp_path):
     module.main()
     assert seen == {"start": "a", "out": tmp_path, "minutes": math.inf, "tokens": 100_000_000, "batch": 8, "lr": 0.1, "seed": 0,
                     "windows": 5, "stories": 0.0, "answers": 1.0, "echoes": 0.0, "save_every": 240}  # fmt: skip
+
+
+def test_the_wide_model_begins_as_the_same_function_of_twice_the_parameters():
+    llama, wide = load_model("pico-llama", "cpu")[0], module.new_wide(0)[0].eval()
+    assert 1.8 < wide.num_parameters() / llama.num_parameters() < 2.2
+    ids = torch.randint(4096, (2, 40), generator=torch.Generator().manual_seed(0))
+    out = wide(ids).logits
+    torch.testing.assert_close(out, llama(ids).logits, atol=2e-5, rtol=1e-5)
+    out.square().mean().backward()
+    for name, old in llama.named_parameters():  # and what was added can learn: its outputs' weights have gradients
+        added = wide.get_parameter(name).grad
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            assert added[:, old.shape[1] :].abs().min() > 0
