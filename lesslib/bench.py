@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache, StoppingCriteria
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from .cache import LessCache, cache_bytes
 from .data import load_corpus, training_windows
@@ -210,35 +210,27 @@ def print_decode(name: str, policy: H2O, hidden: int, batch: int, contexts: list
     print(f"LESS / Baseline+ per step: {', '.join(f'{x:.3f}' for x in over)}", flush=True)
 
 
-class _Probe(StoppingCriteria):
-    """Notes the bytes of a cache and the process's peak memory after some numbers of generated tokens."""
-
-    def __init__(self, cache: LessCache, at: list[int]):
-        self.cache, self.at, self.generated = cache, at, 0
-        self.rows: list[tuple[int, int, float | None]] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        self.generated += 1
-        if self.generated in self.at:
-            self.rows.append((self.generated, self.cache.nbytes(), peak_memory()))
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
 def print_memory(policy: H2O, hidden: int, at: list[int]) -> None:
     """Bytes held and peak memory while a model of pico-llama's shape generates max(at) tokens, beside what a full cache would hold."""
     model: Any = random_model("pico")
     kernels = Kernels.new(model_shape(model), 8, hidden)
-    cache = LessCache(model, policy, kernels)
-    probe = _Probe(cache, at)
+    cache, rows = LessCache(model, policy, kernels), list[tuple[int, int, float | None]]()
+
+    def note(ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        """A stopping criterion that never stops, and notes bytes and peak memory after some numbers of tokens."""
+        if (generated := ids.shape[1] - 1) in at:
+            rows.append((generated, cache.nbytes(), peak_memory()))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
     with less(model):
         model.generate(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache, max_new_tokens=max(at), do_sample=False,
-                       stopping_criteria=[probe], eos_token_id=None, pad_token_id=0)  # fmt: skip
+                       stopping_criteria=[note], eos_token_id=None, pad_token_id=0)  # fmt: skip
     formula = cache_bytes(model_shape(model), policy, 8, 1, torch.float32)
     one = cache.report()["full"] // cache.report()["tokens"]
     weights = cache.report()["kernels"]
     print(f"\npico, batch 1, budget {policy.budget}: the formula says {formula:,} bytes; the kernels' weights are {weights:,}")
     print(f"{'tokens':>10}{'LESS bytes':>14}{'full bytes':>14}{'peak MiB':>12}")
-    for n, held, peak in probe.rows:
+    for n, held, peak in rows:
         print(f"{n:10,}{held:14,}{n * one:14,}{peak or 0:12.1f}")
 
 

@@ -113,11 +113,6 @@ class LessLayer(CacheLayerMixin):
             self.position.fill_(-1)
             self.free.fill_(self.budget)
 
-    def _select(self, rows: Tensor) -> None:
-        for name in BUFFERS if self.is_initialized else ():
-            setattr(self, name, getattr(self, name)[rows.to(self.device)])
-            self.batch_size = len(getattr(self, name))
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was (beam search)."""
         for buffer in self.buffers() if self.is_initialized else ():
@@ -125,12 +120,14 @@ class LessLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (numbers or a mask)."""
-        self._select(indices)
+        for name in BUFFERS if self.is_initialized else ():
+            setattr(self, name, getattr(self, name)[indices.to(self.device)])
+            self.batch_size = len(getattr(self, name))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         if self.is_initialized:
-            self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("evicted tokens cannot be brought back, so LessCache does no assisted decoding and no crop(): do without")

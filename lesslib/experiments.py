@@ -105,11 +105,18 @@ def score(profile: str, seed: int, corpus: str, method: str, name: str | None = 
 
 
 def tour(profile: str, seed: int = 0) -> dict:
-    """The effect in four rows, with the kernels that the package carries: H2O at 5% of the context."""
-    corpus = get_profile(profile).evaluation[0]
-    where = {"corpus": corpus, "fraction": 0.05, "carried": True}
+    """The effect in four rows, with the kernels that the package carries, or else trained: H2O at 5% of the context."""
+    p = get_profile(profile)
+    corpus, carried = p.evaluation[0], kernel_path(p.model, "h2o", 0.05).is_file()
+    where = {"corpus": corpus, "fraction": 0.05, "carried": carried}
     points = {f"{corpus}/5%/{m}": where | {"method": m} for m in ("Full", "Baseline", "Baseline+", "LESS (5%)")}
-    return record("tour", profile, seed, points, functools.partial(score, profile, seed), corpus)
+
+    def compute(**case) -> dict:
+        if not carried:
+            fit(profile, seed)
+        return score(profile, seed, **case)
+
+    return record("tour", profile, seed, points, compute, corpus)
 
 
 def language_modeling(profile: str, seed: int = 0) -> dict:

@@ -65,9 +65,6 @@ class Tasks:
     lengths: tuple[int, ...] = (330, 380, 430, 480)  # the same, of notebook 09's prompts
     withheld: int = 0  # examples asked without their text, to see what the question alone gives away
 
-    def names(self) -> list[str]:
-        return [name for name, _ in self.classification] + [name for name, *_ in self.summaries]
-
 
 STORIES = (("summary", 0, 80), ("sentence", 0, 40), ("tellings", 0, 80))
 REAL = (("cnn_dailymail", 0, 64), ("xsum", 0, 32), ("multi_news", 0, 64))

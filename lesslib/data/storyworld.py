@@ -198,8 +198,9 @@ def questions(rng: random.Random, world: World, count: int) -> list[str]:
     """`count` questions with their answers: plain ones, yes or no, and next utterances where four people are there to choose from."""
     found = []
     for fact in rng.choices(list(world.facts.values()), k=count):
-        if rng.random() < 0.4:
-            question, answer = (fill(p, rng, world, fact) for p in grammar()["relations"][fact.relation][rng.choice(("what", "who"))])
+        if rng.random() < 0.45:
+            plain = grammar()["relations"][fact.relation][rng.choice(("what", "who", "who"))]
+            question, answer = (fill(p, rng, world, fact) for p in plain)
             found.append(f"Question: {question}\nAnswer: {answer}")
         else:
             kind = rng.choice(("yes_no", "reply") if len(world.people) >= 4 else ("yes_no",))
