@@ -282,8 +282,7 @@ class LessCache(Cache):
         """Forget all tokens. The bounded layers keep their buffers; stock ones are new, as their own reset leaves zeros behind."""
         self.running = False
         for i, fresh in enumerate(DynamicCache(config=self._config).layers):
-            layer = self.layers[i]
-            if isinstance(layer, LessLayer):
+            if isinstance(layer := self.layers[i], LessLayer):
                 layer.reset()
             else:
                 self.layers[i] = fresh

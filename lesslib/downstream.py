@@ -138,12 +138,6 @@ def hellinger(p: Tensor, q: Tensor) -> Tensor:
     return (1 - (p * q).sqrt().sum(-1)).clamp(min=0).sqrt()
 
 
-def picture(rows: Tensor) -> list:
-    """An attention map for a figure: of the first text's head 0, the last MAP_TOKENS tokens, averaged to MAP_SIZE x MAP_SIZE."""
-    last = rows[:1, :1, -MAP_TOKENS:, -MAP_TOKENS:]
-    return F.avg_pool2d(last, MAP_TOKENS // MAP_SIZE)[0, 0].double().numpy(force=True).round(4).tolist()
-
-
 def attention_maps(profile: str, seed: int = 0) -> dict:
     """Figure 6: distance of attention rows to the original by layer. Figures 9 to 11: maps of one head, original, sparse and LESS.
 
@@ -168,8 +162,9 @@ def attention_maps(profile: str, seed: int = 0) -> dict:
             rows["LESS"] = attention_rows(q, k, scaling, times, cast(Kernels, kernels)[layer])
             for label in ("sparse", "LESS"):
                 distances[str(layer)][label].append(hellinger(rows["original"], rows[label])[:, :, chosen.budget :].mean().item())
-            if layer == model_shape(model)["layers"] // 2 and not maps:
-                maps.update({label: picture(x) for label, x in rows.items()})
+            if layer == model_shape(model)["layers"] // 2 and not maps:  # of the first text's head 0
+                pooled = {label: F.avg_pool2d(x[:1, :1, -MAP_TOKENS:, -MAP_TOKENS:], MAP_TOKENS // MAP_SIZE) for label, x in rows.items()}
+                maps.update({label: x[0, 0].double().numpy(force=True).round(4).tolist() for label, x in pooled.items()})
 
         with capture(model, keep):
             for window in windows:

@@ -85,14 +85,15 @@ class LayerPerformer(nn.Module):
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, kernel_size: int, generator: torch.Generator):
         super().__init__()
+
+        def rotation() -> Tensor:
+            Q, R = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator))
+            return Q * R.diagonal().sign()  # QR alone would fix the signs of Q's columns and bias the estimate
+
         blocks = []
         for _ in range(kv_heads):
-            rotations = []
-            for _ in range(math.ceil(kernel_size / head_dim)):
-                Q, R = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator))
-                rotations.append(Q * R.diagonal().sign())  # QR alone would fix the signs of Q's columns and bias the estimate
-            lengths = torch.randn(head_dim, kernel_size, generator=generator).norm(dim=0)
-            blocks.append(torch.cat(rotations, 1)[:, :kernel_size] * lengths)
+            directions = torch.cat([rotation() for _ in range(math.ceil(kernel_size / head_dim))], 1)[:, :kernel_size]
+            blocks.append(directions * torch.randn(head_dim, kernel_size, generator=generator).norm(dim=0))
         self.register_buffer("directions", torch.stack(blocks))
         self.groups = heads // kv_heads
 
@@ -141,10 +142,6 @@ class Kernels(nn.Module):
 
     def __getitem__(self, layer: int) -> nn.Module:
         return self.layers[layer]
-
-    def parameter_count(self) -> int:
-        """Trained numbers of all layers; per layer (Hq + Hkv)(D + R) hidden + Hkv R (R + 2)."""
-        return sum(p.numel() for p in self.parameters())
 
     def check(self, shape: dict[str, int], identity: dict[str, str] | None = None) -> None:
         """Raises ValueError naming the field in which a model of `shape` and `identity` (model, revision) differs, or for NaN weights."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .ops.scan import arrivals, lowrank_attention, merge, sparse_attention
-from .policies import NEVER, Policy, gather_tokens, simulate
+from .policies import Policy, gather_tokens, simulate
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,3 @@ def less_attention(
     evicted = evict(policy, q, k, v, real, scaling)
     out = evicted.sparse if kernels is None else recover(evicted, kernels.phi(q), kernels.psi(k), v)
     return out.to(v.dtype)
-
-
-def retained(times: Tensor, real: Tensor | None = None) -> Tensor:
-    """How many tokens are kept before each query, [B, Hkv, S], from the eviction times; `real` [B, S] is False for padding."""
-    S = times.shape[-1]
-    entered = torch.ones_like(times, dtype=torch.int64) if real is None else real[:, None].expand_as(times).long()
-    leaving = torch.zeros(*times.shape[:-1], S + 1, dtype=torch.int64, device=times.device)
-    leaving.scatter_add_(-1, times.long().clamp(max=S), (times < NEVER).long())
-    return entered.cumsum(-1) - entered - leaving[..., :S].cumsum(-1)

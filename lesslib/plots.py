@@ -118,8 +118,8 @@ def by_position(full: dict, rows: dict[str, dict], title: str) -> Figure:
     """What each method loses against the full cache along the context: the one picture of the effect."""
     centres = [POSITION_BIN * (i + 0.5) for i in range(len(full["by_position"]))]
     lost = {m: np.subtract(row["by_position"], full["by_position"]) for m, row in ({"Full": full} | rows).items()}
-    panels = {title: {m: (centres, y) for m, y in lost.items()}}
-    return curves(panels, "position in the context", "nats a token above the full cache", width=6)
+    panel = {m: (centres, y) for m, y in lost.items()}
+    return curves({title: panel}, "position in the context", "nats a token above the full cache", width=6)
 
 
 def bars(groups: dict[str, dict[str, Any]], ylabel: str, title: str, line: float | None = None) -> Figure:
@@ -198,8 +198,8 @@ def scoreboard(rows: list[tuple[str, list[str]]], columns: list[str]) -> Figure:
 def cache_bytes(record: dict) -> Figure:
     """What each method's cache holds while a text is read token by token."""
     lines = {m: np.array(point["bytes"]).T / [[1], [1024]] for m, point in cells(record, "bytes").items()}
-    title = "H2O at 5%: keys, values, scores and state"
-    return curves({title: {m: (x, y) for m, (x, y) in lines.items()}}, "tokens seen", "KiB held by the cache", width=6.2)
+    rows = {m: (x, y) for m, (x, y) in lines.items()}
+    return curves({"H2O at 5%: keys, values, scores and state": rows}, "tokens seen", "KiB held by the cache", width=6.2)
 
 
 def evicted_text(record: dict, width: int = 110) -> Figure:

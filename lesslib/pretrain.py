@@ -36,15 +36,13 @@ def new_falcon(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
     ))  # fmt: skip
     falcon.get_input_embeddings().load_state_dict(llama.get_input_embeddings().state_dict())
-    pairs = [(falcon.transformer.ln_f, llama.model.norm)]
+    falcon.transformer.ln_f.weight.data.copy_(llama.model.norm.weight)
     for mine, its in zip(falcon.transformer.h, llama.model.layers, strict=True):
         a = its.self_attn
         one_head = [projection.weight.unflatten(0, (c.num_attention_heads, -1)).mean(0) for projection in (a.k_proj, a.v_proj)]
         mine.self_attention.query_key_value.weight.data.copy_(torch.cat([a.q_proj.weight, *one_head]))
         mine.self_attention.dense.weight.data.copy_(a.o_proj.weight)
-        pairs.append((mine.input_layernorm, its.input_layernorm))
-    for norm, other in pairs:
-        norm.weight.data.copy_(other.weight)
+        mine.input_layernorm.weight.data.copy_(its.input_layernorm.weight)
     return falcon, tokenizer
 
 

@@ -1,6 +1,7 @@
 """Profiles: what a run of the notebooks uses. A notebook's parameters are `profile` and `seed`, no more."""
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -77,27 +78,26 @@ TASKS = {
 }  # fmt: skip
 
 
-def get_limit() -> int | None:
-    """$LESS_LIMIT, to try a profile out: at most so many windows, examples, training sequences and epochs. ValueError for other words."""
-    words = os.environ.get("LESS_LIMIT")
-    if words and not (words.isdecimal() and int(words) >= 2):
+def get_limit() -> int:
+    """$LESS_LIMIT, to try a profile out: at most so many windows, examples, sequences and epochs; 0 is none. ValueError for other words."""
+    words = os.environ.get("LESS_LIMIT") or "0"
+    if not words.isdecimal() or words == "1":
         raise ValueError(f"limit is {words!r}: give a whole number from 2 on, or unset LESS_LIMIT")
-    return int(words) if words else None
+    return int(words)
+
+
+def _cut(settings: Any, *names: str, **more: Any) -> Any:
+    return replace(settings, **{n: min(limit, getattr(settings, n)) for n in names}, **more) if (limit := get_limit()) else settings
 
 
 def get_profile(name: str | None = None) -> Profile:
-    """The profile called `name`, or the one that $LESS_PROFILE names, or `tiny`. Raises ValueError for any other name."""
+    """The profile called `name`, or the one that $LESS_PROFILE names, or `tiny`; cut to the limit. Raises ValueError for any other name."""
     name = name or os.environ.get("LESS_PROFILE") or "tiny"
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}: choose from {', '.join(PROFILES)}")
-    p, n = PROFILES[name], get_limit()
-    return p if n is None else replace(
-        p, max_windows=min(n, p.max_windows), windows_per_document=min(n, p.windows_per_document), sequences=min(2 * n, p.sequences),
-        validation=min(n, p.validation), epochs=min(n, p.epochs), disk_gib=0.0, gpu_gib=0.0,
-    )  # fmt: skip
+    return _cut(PROFILES[name], "windows_per_document", "max_windows", "sequences", "epochs", validation=1, disk_gib=0.0, gpu_gib=0.0)
 
 
 def get_tasks(profile: str) -> Tasks:
-    """The tasks of a profile, cut to $LESS_LIMIT."""
-    t, n = TASKS[profile], get_limit()
-    return t if n is None else replace(t, choices=min(n, t.choices), texts=min(n, t.texts), withheld=min(n, t.withheld))
+    """The tasks of a profile, cut to the limit."""
+    return _cut(TASKS[profile], "choices", "texts", "withheld")

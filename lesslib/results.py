@@ -126,10 +126,8 @@ def manifest(profile: str, seed: int, data: list[dict], seconds: float) -> dict:
         "profile": profile, "seed": seed, "data": data, "seconds": round(seconds, 1),
         "commit": _commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "lesslib": __version__, **versions},
-        "hardware": {
-            "cpu": cpu[1] if cpu else platform.machine(), "gpu": gpu, "memory_gib": round(memory),
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        },
+        "hardware": {"cpu": cpu[1] if cpu else platform.machine(), "gpu": gpu, "memory_gib": round(memory), "cores": os.cpu_count(),
+                     "threads": torch.get_num_threads()},
     }  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: b
     code = "".join(source for n in todo for source, _ in n.cells)
     if "downstream." in code:
         t = get_tasks(profile.name)
-        yield from filter(None, (tasks.missing(task) for task, *_ in (*t.classification, *t.summaries)))
+        yield from filter(None, map(tasks.missing, [x[0] for x in t.classification] + [x[0] for x in t.summaries]))
     for model in dict.fromkeys([profile.model, *(roles(profile.name).values() if "downstream." in code else ())]):
         if folder_of(model) or isinstance(try_to_load_from_cache(model, "config.json"), str):
             continue

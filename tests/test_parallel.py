@@ -4,13 +4,13 @@ import math
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import SHAPES, close
+from zoo import SHAPES, close, retained
 
 from lesslib import H2O, TOVA, Full, Lambda
 from lesslib.kernels import LayerKernels
 from lesslib.ops.naive import naive_attention
 from lesslib.ops.scan import arrivals, lowrank_attention, merge, sparse_attention
-from lesslib.parallel import Evicted, dense_attention, evict, less_attention, recover, retained
+from lesslib.parallel import Evicted, dense_attention, evict, less_attention, recover
 from lesslib.policies import NEVER
 
 SPARSE = [

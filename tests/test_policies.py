@@ -3,10 +3,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zoo import retained
 
 from lesslib import H2O, TOVA, Full, Lambda, policies
 from lesslib.ops.naive import naive_attention
-from lesslib.parallel import retained
 from lesslib.policies import NEVER, budget_of, get_policy, simulate
 
 ALL = [

@@ -1,6 +1,7 @@
 """The scoreboard: every claim can hold and can fail, and is not measured where a record is missing."""
 import numpy as np
 import pytest
+from zoo import parameter_count
 
 from lesslib import claims, plots, scoreboard
 from lesslib.kernels import Kernels
@@ -90,7 +91,7 @@ def test_sizes_follow_from_shapes():
         patch.setitem(scoreboard.PAPER, "models", model)
         (parameters,) = scoreboard.sizes("parameters", hidden=8, R=4)
         (state,) = scoreboard.sizes("state", hidden=8, R=8)
-    assert parameters.numbers == f"{Kernels.new(shape, 4, 8).parameter_count() / 10**6:.2%}"
+    assert parameters.numbers == f"{parameter_count(Kernels.new(shape, 4, 8)) / 10**6:.2%}"
     assert not state.holds  # 8 * 17 / 32 = 4.25 tokens
     seven, thirteen = scoreboard.sizes("parameters")
     assert (seven.holds, seven.numbers, thirteen.holds, thirteen.numbers) == (False, "2.12%", True, "1.71%")

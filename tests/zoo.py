@@ -1,9 +1,11 @@
 """What several test files use: tiny random models of many architectures, in float64, kernels for them, shapes of sequences."""
 import torch
 import transformers as tf
+from torch import Tensor
 
 from lesslib.kernels import Kernels
 from lesslib.models import model_shape
+from lesslib.policies import NEVER
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -48,3 +50,16 @@ def kernels_of(model, size=1.0):
 
 def close(a, b, atol=1e-10):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def retained(times: Tensor, real: Tensor | None = None) -> Tensor:
+    """How many tokens are kept before each query, [B, Hkv, S], from the eviction times; `real` [B, S] is False for padding."""
+    S = times.shape[-1]
+    entered = torch.ones_like(times, dtype=torch.int64) if real is None else real[:, None].expand_as(times).long()
+    leaving = torch.zeros(*times.shape[:-1], S + 1, dtype=torch.int64, device=times.device)
+    leaving.scatter_add_(-1, times.long().clamp(max=S), (times < NEVER).long())
+    return entered.cumsum(-1) - entered - leaving[..., :S].cumsum(-1)
+
+
+def parameter_count(kernels: Kernels) -> int:
+    return sum(p.numel() for p in kernels.parameters())

@@ -75,12 +75,6 @@ def _topics(heldout: bool) -> Iterator[Document]:
             yield d
 
 
-def _stories(count: int, heldout: bool) -> Iterator[Document]:
-    """Stories of storyworld with their tasks; held-out ones are of people, places and things that no training story names."""
-    for i, text in enumerate(storyworld.lessons(count, seed=0, heldout=heldout)):
-        yield Document(f"story {i}", text)
-
-
 def _rows(path: Path) -> Iterator[Document]:
     """The articles of a .txt.gz, or the {"title", "text"} lines of a .jsonl.gz. Raises ValueError for a line that is not one."""
     with gzip.open(path, "rt", encoding="utf-8") as f:
@@ -112,8 +106,8 @@ def _articles(lines: Iterable[str]) -> Iterator[Document]:
 
 # by name: a file of $LESS_DATA, and what stands in for it on the hub; or no file, and what the package carries
 SOURCES: dict[str, tuple[str, Callable[[], Iterable[Document]]]] = {
-    "stories-train": ("", lambda: _stories(LESSONS, heldout=False)),
-    "stories-heldout": ("", lambda: _stories(200, heldout=True)),
+    "stories-train": ("", lambda: (Document(f"story {i}", t) for i, t in enumerate(storyworld.lessons(LESSONS, seed=0)))),
+    "stories-heldout": ("", lambda: (Document(f"story {i}", t) for i, t in enumerate(storyworld.lessons(200, seed=0, heldout=True)))),
     "topics-train": ("", lambda: _topics(heldout=False)),
     "topics-heldout": ("", lambda: _topics(heldout=True)),
     "wikitext2": ("wikitext2_raw_test.txt.gz", lambda: _articles(d.text for d in _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "test"))),

@@ -4,8 +4,7 @@ A world is a cast of people, and for each of them one fact per relation: home, t
 fact once, in one of eight sentence patterns, among scenes and deeds that matter to no question; some facts come up again later. The
 tasks stand in for those of the paper: `summary` (CNN/DailyMail), `sentence` (XSum), `tellings` (MultiNews), `yes_no` (BoolQ), `reply`
 (MuTual). Every wrong answer is true of somebody else in the same story, so that without the story no answer is likelier than another.
-Names, places, trades and things are compounds of a head and a tail, hundreds of each kind: closed lists of sixty would be learnt by
-heart in place of reading.
+Names, places, trades and things are a head and a tail, hundreds of each kind: closed lists of sixty would be learnt by heart.
 """
 import functools
 import hashlib
@@ -17,8 +16,7 @@ from pathlib import Path
 
 PEOPLE = {"summary": (4, 3), "sentence": (3, 2), "tellings": (2, 2), "yes_no": (4, 2), "reply": (4, 4)}  # in a story; in a shot
 KINDS = tuple(PEOPLE)
-HELDOUT = 0.2  # the share of every kind of words that no training story uses
-ECHO = 0.4  # the chance that a fact comes up again
+HELDOUT, ECHO = 0.2, 0.4  # the share of every kind of words that no training story uses; the chance that a fact comes up again
 VALUES = {"home": "places", "trade": "trades", "possession": "things", "journey": "places", "promise": "things"}  # words by relation
 LEADS = {"summary": "Summary:", "sentence": "In one sentence:", "tellings": "What all tellings say:"}
 
