@@ -74,8 +74,8 @@ def perplexity(model, windows: list[Window], batch: int = 8) -> dict:
     losses = np.zeros((len(windows), max(len(w.ids) for w in windows) - 1))
     for rows in np.array_split(np.argsort([-len(w.ids) for w in windows], kind="stable"), range(batch, len(windows), batch)):
         ids = pad_sequence([torch.tensor(windows[i].ids) for i in rows], batch_first=True).to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)  # on CPU quicker than with classes in the middle
+        loss = F.cross_entropy(logits, ids.roll(-1, 1).flatten(), reduction="none").view_as(ids)[:, :-1]
         if not loss.isfinite().all():
             raise FloatingPointError(f"losses are not finite in {model.dtype}: load the model in float32, or check its weights")
         losses[rows, : loss.shape[1]] = loss.double().cpu().numpy()

@@ -12,6 +12,7 @@ from lesslib import claims, experiments, plots
 from lesslib.models import ASSETS, load_kernels
 from lesslib.paper import PAPER, table2, table7
 from lesslib.parallel import dense_attention
+from lesslib.profiles import get_profile, get_tasks
 from lesslib.results import ROOT, results_dir
 
 
@@ -189,3 +190,21 @@ def test_verdicts_of_the_multi_query_model_hold_and_fail(ours, holds):
     methods = {"Baseline": 2.0, "Baseline+": 1.8, "LESS (5%)": ours}
     points = {"c/Full": row(1.0)} | {f"c/5%/{m}": row(x) for m, x in methods.items()}
     assert [v.holds for v in claims.multi_query({"points": points}, ["c"])] == [holds] * 2
+
+
+def test_a_limit_cuts_a_profile_and_keeps_its_results_apart(monkeypatch):
+    whole, tasks = get_profile("paper"), get_tasks("paper")
+    monkeypatch.setenv("LESS_LIMIT", "3")
+    p, t = get_profile("paper"), get_tasks("paper")
+    assert (p.max_windows, p.windows_per_document, p.sequences, p.epochs, p.gpu_gib) == (3, 3, 3, 3, 0)
+    assert 0 < p.validation < p.sequences
+    assert (p.hidden, p.lr, p.fractions, p.model) == (whole.hidden, whole.lr, whole.fractions, whole.model)
+    assert (t.choices, t.texts, t.classification, t.summaries) == (3, 3, tasks.classification, tasks.summaries)
+    assert results_dir("paper").name == "paper-limit3"
+    monkeypatch.setenv("LESS_LIMIT", "")
+    assert get_profile("paper") == whole
+    assert results_dir("paper").name == "paper"
+    for wrong in ("1", "-2", "few"):
+        monkeypatch.setenv("LESS_LIMIT", wrong)
+        with pytest.raises(ValueError, match=f"limit is '{wrong}'"):
+            get_profile("tiny")

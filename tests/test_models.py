@@ -51,6 +51,17 @@ def test_a_folder_loads_like_the_carried_model_and_its_revision_follows_the_weig
     assert load_model(folder, "cpu")[0].less_identity["revision"] != carried.less_identity["revision"]
 
 
+def test_a_hub_name_below_less_models_needs_no_hub_and_keeps_its_name(folder, no_hub, monkeypatch, tmp_path):
+    with pytest.raises(FileNotFoundError, match="the hub cannot be reached"):
+        load_model("org/model", "cpu")
+    shutil.copytree(folder, tmp_path / "zoo" / "org" / "model")
+    monkeypatch.setenv("LESS_MODELS", str(tmp_path / "zoo"))
+    model, _ = load_model("org/model", "cpu")
+    carried, _ = load_model("pico-llama", "cpu")
+    assert model.less_identity == {"model": "org/model", "revision": carried.less_identity["revision"]}
+    assert torch.equal(model.lm_head.weight, carried.lm_head.weight)
+
+
 def test_loading_draws_no_bar_and_leaves_the_bars_of_others_alone(capfd, folder):
     def hook(factory, args, kwargs):
         calls.append(kwargs.get("desc"))

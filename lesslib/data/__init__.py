@@ -15,8 +15,7 @@ import torch
 from . import storyworld
 
 MIN_SHARED = 80  # characters of a paragraph that make two topics "share text"
-LESSONS = 16_000  # stories to pretrain on
-HELDOUT_SHARE = 0.3  # of the carried text's characters
+LESSONS, HELDOUT_SHARE = 16_000, 0.3  # texts of stories to pretrain on; the share of the carried text's characters
 
 
 @dataclass(frozen=True)

@@ -149,14 +149,14 @@ def story(rng: random.Random, world: World, length: int, tellings: bool = False)
     return "\n".join(f"{head} {tell(rng, world, part, length // 3)}" for head, part in zip(heads, parts, strict=True))
 
 
-def ask(rng: random.Random, world: World, text: str, kind: str, elsewhere: bool = False) -> Example:
-    """One task of `kind` about a told world; `elsewhere`: wrong answers are true of nobody in it, which is easier to see."""
+def ask(rng: random.Random, world: World, text: str, kind: str, elsewhere: bool = False, fact: Fact | None = None) -> Example:
+    """One task of `kind` about a told world (and a `fact`); `elsewhere`: wrong answers are true of nobody in it, which is easier to see."""
     if kind in LEADS:
         return Example(kind, text, LEADS[kind], (summary_of(world, kind),))
-    fact = rng.choice(list(world.facts.values()))
+    fact = fact or rng.choice(list(world.facts.values()))
     r = grammar()["relations"][fact.relation]
     rivals = [f.value for f in world.facts.values() if f.relation == fact.relation and f != fact]
-    if elsewhere:
+    if elsewhere or not rivals:
         told = {f.value for f in world.facts.values()}
         rivals = [value for value in draw(rng, VALUES[fact.relation], 20, heldout=False) if value not in told]
     if kind == "yes_no":
@@ -193,25 +193,26 @@ def examples(kind: str, count: int, seed: int = 0, length: int = 450, heldout: b
 
 
 def questions(rng: random.Random, world: World, count: int) -> list[str]:
-    """`count` questions with their answers: plain ones, yes or no, and next utterances where four people are there to choose from."""
+    """At most `count` questions with answers, none to be read off another's: plain, yes or no, next utterances if four people are there."""
     found = []
-    for fact in rng.choices(list(world.facts.values()), k=count):
-        if rng.random() < 0.45:
+    for fact in rng.sample(list(world.facts.values()), min(count, len(world.facts))):
+        if rng.random() < 0.4:
             plain = grammar()["relations"][fact.relation][rng.choice(("what", "who", "who"))]
             question, answer = (fill(p, rng, world, fact) for p in plain)
             found.append(f"Question: {question}\nAnswer: {answer}")
         else:
-            kind = rng.choice(("yes_no", "reply") if len(world.people) >= 4 else ("yes_no",))
-            found.append(ask(rng, world, "", kind, rng.random() < 0.4).shown(answer=True, text=False))
+            kind = rng.choice(("yes_no", "yes_no", "reply") if len(world.people) >= 4 else ("yes_no",))
+            found.append(ask(rng, world, "", kind, rng.random() < 0.4, fact).shown(answer=True, text=False))
     return found
 
 
 def drill(rng: random.Random, heldout: bool) -> str:
     """A few bare facts and many questions: where a model learns what a question asks for, long before it can follow a story."""
-    people, relations = rng.choice((2, 2, 3, 4, 5)), tuple(rng.sample(list(VALUES), rng.choice((1, 1, 1, 2))))
+    people = rng.choice((1, 2, 2, 3, 4, 5))
+    relations = tuple(rng.sample(list(VALUES)[: 4 if people == 1 else 5], rng.choice((1, 1, 1, 2))))  # none promises himself a thing
     world = new_world(rng, people, relations, heldout)
     told = [fill(rng.choice(grammar()["relations"][f.relation]["told"]), rng, world, f) for f in world.facts.values()]
-    return "\n".join([" ".join(rng.sample(told, len(told))), *questions(rng, world, 3 * people)])
+    return "\n".join([" ".join(rng.sample(told, len(told))), *questions(rng, world, len(told))])
 
 
 def lesson(rng: random.Random, heldout: bool) -> str:
@@ -226,8 +227,8 @@ def lesson(rng: random.Random, heldout: bool) -> str:
 
 
 def lessons(count: int, seed: int, heldout: bool = False) -> Iterator[str]:
-    """`count` texts to pretrain on: ten drills, or one to three lessons as in a prompt of several shots."""
+    """`count` texts to pretrain on: sixteen drills, or one to three lessons as in a prompt of several shots."""
     for i in range(count):
         rng = random.Random(f"lesson/{seed}/{i}/{heldout}")
-        form, times = (drill, 10) if rng.random() < 0.6 else (lesson, rng.choice((1, 1, 2, 3)))
+        form, times = (drill, 16) if rng.random() < 0.6 else (lesson, rng.choice((1, 1, 2, 3)))
         yield "\n\n".join(form(rng, heldout) for _ in range(times))
