@@ -123,7 +123,7 @@ def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: b
             if hub_reachable():
                 HfApi().auth_check(model)
             else:
-                yield f"model {model!r}: not on this machine, and the hub cannot be reached; connect, or name its folder's in LESS_MODELS"
+                yield f"model {model!r}: not on this machine, and no hub; connect, or set LESS_MODELS to a folder that holds it"
         except Exception as e:  # of the hub's client: gated, not found, no token
             yield f"model {model!r}: {str(e).strip().splitlines()[0]}; accept its licence on the hub and log in with `hf auth login`"
     gpu = torch.cuda.get_device_properties(0).total_memory / 2**30 if profile.gpu_gib and torch.cuda.is_available() else 0.0
