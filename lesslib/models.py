@@ -38,8 +38,8 @@ def carried_models() -> list[str]:
 
 def folder_of(name: str) -> Path | None:
     """Where a model lies on this machine: carried, below $LESS_MODELS by its hub name, or a folder itself; None for the hub's."""
-    places = [ASSETS / name] * (name in carried_models()) + [Path(os.environ[v], name) for v in ("LESS_MODELS",) if os.environ.get(v)]
-    return next((p for p in (*places, Path(name)) if (p / "config.json").is_file()), None)
+    places = (ASSETS, Path(os.environ.get("LESS_MODELS", "")), Path())
+    return next((p / name for p in places if (p / name / "config.json").is_file()), None)
 
 
 def _revision(folder: Path) -> str:

@@ -87,7 +87,7 @@ class Record:
 
 def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: bool) -> Iterator[str]:
     """Every reason why running `todo` would fail, each with its fix."""
-    home, data = record.home, os.environ.get("LESS_DATA")
+    home = record.home
     try:
         check_writable(home)
         if compute and (free := shutil.disk_usage(home).free / 2**30) < profile.disk_gib:
@@ -103,8 +103,8 @@ def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: b
     there = {name.split("_")[0] for name in record.stamps} | {n.number for n in todo}
     for n in todo if not profile.quick else []:  # quick profiles use the kernels in the package
         yield from (f"{n.name} reads what {other} computes; run --only {other},{n.number}" for other in n.needs if other not in there)
-    if data and not Path(data).is_dir():
-        yield f"LESS_DATA={data} is not a folder; correct it, or unset it to use the hub"
+    folders = ((name, os.environ.get(name)) for name in ("LESS_DATA", "LESS_MODELS"))
+    yield from (f"{name}={f} is not a folder; correct it, or unset it to use the hub" for name, f in folders if f and not Path(f).is_dir())
     import torch  # here: the answer "up to date" needs none of these
     from huggingface_hub import HfApi, try_to_load_from_cache
 
@@ -116,7 +116,8 @@ def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: b
     if "downstream." in code:
         t = get_tasks(profile.name)
         yield from filter(None, map(tasks.missing, [x[0] for x in t.classification] + [x[0] for x in t.summaries]))
-    for model in dict.fromkeys([profile.model, *(roles(profile.name).values() if "downstream." in code else ())]):
+    used = [m for role, m in roles(profile.name).items() if "downstream." in code or (role == "falcon" and "multi_query(" in code)]
+    for model in dict.fromkeys([profile.model, *used]):
         if folder_of(model) or isinstance(try_to_load_from_cache(model, "config.json"), str):
             continue
         try:

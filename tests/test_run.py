@@ -413,3 +413,10 @@ def test_an_old_python_gets_one_error_with_the_fix(home, clone):
     assert (code, log) == (2, [])
     assert errors.count("\n") == 1
     assert "install Python 3.11 with venv" in errors
+
+
+def test_a_folder_of_models_that_is_not_there_is_named(home, capsys, monkeypatch):
+    write(home, "00_one")
+    monkeypatch.setenv("LESS_MODELS", str(home / "nowhere"))
+    assert main() == 2
+    assert f"LESS_MODELS={home / 'nowhere'} is not a folder; correct it" in capsys.readouterr().err
