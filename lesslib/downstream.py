@@ -15,7 +15,7 @@ from .answers import continuations, option_scores, prompts, rouge
 from .cache import LessCache
 from .data import encode
 from .data.tasks import load_task, task_record
-from .experiments import fit, model_of, record, score, setting, windows_of
+from .experiments import model_of, record, score, setting, windows_of
 from .hf import capture, less
 from .kernels import Kernels
 from .models import check_fit, model_shape
@@ -29,16 +29,15 @@ task_of = functools.lru_cache(maxsize=8)(load_task)
 
 
 def classify(
-    profile: str, seed: int, task: str, shots: int, count: int, length: int, method: str, text: bool = True, **case
+    profile: str, seed: int, name: str, task: str, shots: int, count: int, length: int, method: str, text: bool = True, **case
 ) -> dict[str, Any]:
     """Accuracy of the likeliest option, whole prompts scored under one method; `text=False` withholds what the questions are about."""
-    p = get_profile(profile)
-    model, tokenizer = model_of(p.model)
+    p, (model, tokenizer) = get_profile(profile), model_of(name)
     examples, shown = task_of(task, count, shots, length=length)
     options = [e.options for e in examples]
     longest = max(len(encode(tokenizer, " " + o)) for chosen in options for o in chosen)
     asked = prompts(examples, shown, tokenizer, model_shape(model)["context"] - longest, text)
-    with less(model, *setting(profile, seed, method, **case), mode="parallel"):
+    with less(model, *setting(profile, seed, method, name=name, **case), mode="parallel"):
         scores = option_scores(model, tokenizer, asked, options, p.batch)
     right = [int(np.argmax(s) == e.right) for s, e in zip(scores, examples, strict=True)]
     return {"accuracy": sum(right) / len(right), "right": right, "options": len(options[0])}
@@ -46,14 +45,15 @@ def classify(
 
 def classification(profile: str, seed: int = 0) -> dict:
     """Table 3: two tasks under a Lambda mask at 5% of the context, and what is left of them when the text is withheld."""
-    t, points = get_tasks(profile), dict[str, dict]()
+    t, name, points = get_tasks(profile), roles(profile, tasks=True)["llama"], dict[str, dict]()
     for task, shots in t.classification:
-        where = {"task": task, "shots": shots, "count": t.choices, "length": t.length}
+        where = {"name": name, "task": task, "shots": shots, "count": t.choices, "length": t.length}
         points |= {f"{task}/{m}": where | {"method": m, "policy": "lambda", "fraction": 0.05} for m in METHODS}
         if t.withheld:
             points[f"{task}/withheld"] = where | {"method": "Full", "text": False, "shots": 0, "count": t.withheld}
-    data = [functools.partial(task_record, task, t.choices, shots, t.length) for task, shots in t.classification]
-    return record("classification", profile, seed, points, functools.partial(classify, profile, seed), *data)
+    tasks = [functools.partial(task_record, task, t.choices, shots, t.length) for task, shots in t.classification]
+    data: tuple[Any, ...] = (*get_profile(profile).of(name).training, *tasks)
+    return record("classification", profile, seed, points, functools.partial(classify, profile, seed), *data, models=(name,))
 
 
 def summarise(
@@ -77,20 +77,15 @@ def summarise(
 
 
 # by role of a model: the budgets of its table, the percentages that its kernels are trained at, and how many of the tasks
-TABLES: dict[str, tuple[tuple[float, ...], tuple[int, ...], int]] = {
-    "llama": ((0.05, 0.1), (2, 5), 3), "wide": ((0.1,), (2, 5), 2), "falcon": ((0.05, 0.1, 0.2), (5, 10), 2),
-}  # fmt: skip
+TABLES: dict[str, Any] = {"llama": ((0.05, 0.1), (2, 5), 3), "wide": ((0.1,), (2, 5), 2), "falcon": ((0.05, 0.1, 0.2), (5, 10), 2)}
 
 
 def summarization(profile: str, role: str, seed: int = 0) -> dict:
     """Tables 4 and 5 for one model: `role` "llama" (Table 5), "wide" or "falcon" (Table 4; also at the budgets that others reran)."""
-    p, t, name, (fractions, trained, tasks) = get_profile(profile), get_tasks(profile), roles(profile)[role], TABLES[role]
-    points, data = dict[str, dict](), list[Any]()
+    p, t, name, (fractions, trained, tasks) = get_profile(profile), get_tasks(profile), roles(profile, tasks=True)[role], TABLES[role]
+    points, data = dict[str, dict](), list[Any](p.of(name).training)
     if p.quick:
         fractions, trained, tasks = fractions[:1], trained[-1:], 1
-    elif role != "llama":  # whose kernels notebook 02 trains
-        points |= {f"kernels {x}%": {"name": name, "train": x / 100} for x in trained}
-        data += p.training
     for task, shots, new_tokens in t.summaries[:tasks]:
         where = {"name": name, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": t.length}
         points[f"{task}/Full"] = where | {"method": "Full"}
@@ -99,22 +94,19 @@ def summarization(profile: str, role: str, seed: int = 0) -> dict:
         if t.withheld:
             points[f"{task}/withheld"] = where | {"method": "Full", "text": False, "shots": 0}
         data.append(functools.partial(task_record, task, t.texts, shots, t.length))
-
-    def compute(name: str, train: float = 0.0, **case) -> dict:
-        return fit(profile, seed, fraction=train, name=name) if train else summarise(profile, seed, name, **case)
-
-    return record(f"summarization_{role}", profile, seed, points, compute, *data, model_name=name)
+    return record(f"summarization_{role}", profile, seed, points, functools.partial(summarise, profile, seed), *data, models=(name,))
 
 
 def prompt_length(profile: str, seed: int = 0) -> dict:
     """Figure 8: ROUGE-1 against the prompt's length at 5% H2O, by example."""
-    p, t, points, data = get_profile(profile), get_tasks(profile), dict[str, dict](), []
+    t, name, points = get_tasks(profile), roles(profile, tasks=True)["llama"], dict[str, dict]()
+    data = list[Any](get_profile(profile).of(name).training)
     for task, shots, new_tokens in t.summaries[:2]:
         for length in t.lengths:
-            where = {"name": p.model, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": length}
+            where = {"name": name, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": length}
             points |= {f"{task}/{length}/{m}": where | {"method": m, "fraction": 0.05} for m in METHODS}
             data.append(functools.partial(task_record, task, t.texts, shots, length))
-    return record("prompt_length", profile, seed, points, functools.partial(summarise, profile, seed), *data)
+    return record("prompt_length", profile, seed, points, functools.partial(summarise, profile, seed), *data, models=(name,))
 
 
 def attention_rows(q: Tensor, k: Tensor, scaling: float, times: Tensor | None = None, kernels: Any = None) -> Tensor:
@@ -171,7 +163,7 @@ def attention_maps(profile: str, seed: int = 0) -> dict:
                 model(input_ids=torch.tensor([window.ids], device=model.device), use_cache=False)
         return {"distances": distances, "maps": maps}
 
-    return record("attention_maps", profile, seed, points, compute, p.evaluation[0])
+    return record("attention_maps", profile, seed, points, compute, p.evaluation[0], models=tuple(roles(profile)[c[0]] for c in cases))
 
 
 def kernel_size(profile: str, seed: int = 0) -> dict:
@@ -180,27 +172,21 @@ def kernel_size(profile: str, seed: int = 0) -> dict:
     corpus, points = p.evaluation[0], dict[str, dict]()
     for f, R in itertools.product((0.05,) if p.quick else (0.02, 0.05), (p.kernel_size,) if p.quick else SIZES):
         points |= {f"{f:.0%}/{R}/{m}": {"fraction": f, "kernel_size": R, "method": m} for m in ("Baseline+", f"LESS ({f:.0%})")}
-
-    def compute(fraction: float, kernel_size: int, method: str) -> dict:
-        if method.startswith("LESS") and kernel_size != p.kernel_size:
-            fit(profile, seed, fraction=fraction, kernel_size=kernel_size)
-        return score(profile, seed, corpus, method, fraction=fraction, kernel_size=kernel_size)
-
-    return record("kernel_size", profile, seed, points, compute, corpus, *p.training)
+    return record("kernel_size", profile, seed, points, functools.partial(score, profile, seed, corpus), corpus, *p.training)
 
 
 def seeds(profile: str, seed: int = 0, count: int = 3) -> dict:
     """The headline rows again with kernels of other seeds: perplexity and ROUGE of LESS (5%) at 5% H2O."""
-    p, t = get_profile(profile), get_tasks(profile)
-    corpora, points = p.evaluation, dict[str, dict]()
-    for s in range(seed, seed + count):
-        points |= {f"kernels/{s}": {"s": s}} | {f"{c}/{s}": {"s": s, "corpus": c} for c in corpora}
-        for task, shots, new_tokens in t.summaries:
-            points[f"{task}/{s}"] = {"s": s, "task": task, "shots": shots, "new_tokens": new_tokens, "count": t.texts, "length": t.length}
+    p, t, reader = get_profile(profile), get_tasks(profile), roles(profile, tasks=True)["llama"]
+    corpora, every, at = p.evaluation, range(seed, seed + count), {"method": "LESS (5%)", "fraction": 0.05}
+    points = {f"{c}/{s}": at | {"s": s, "name": p.model, "corpus": c} for c, s in itertools.product(corpora, every)}
+    for (task, shots, new_tokens), s in itertools.product(t.summaries, every):
+        where = {"s": s, "name": reader, "task": task, "shots": shots, "new_tokens": new_tokens}
+        points[f"{task}/{s}"] = at | where | {"count": t.texts, "length": t.length}
     data = [functools.partial(task_record, task, t.texts, shots, t.length) for task, shots, _ in t.summaries]
 
     def compute(s: int, corpus: str | None = None, **case) -> dict:
-        at: dict[str, Any] = {"method": "LESS (5%)", "fraction": 0.05}
-        return score(profile, s, corpus, **at) if corpus else summarise(profile, s, p.model, **case, **at) if case else fit(profile, s)
+        return score(profile, s, corpus, **case) if corpus else summarise(profile, s, **case)
 
-    return record("seeds", profile, seed, points, compute, *corpora, *p.training, *data)
+    training = dict.fromkeys((*p.training, *p.of(reader).training))
+    return record("seeds", profile, seed, points, compute, *corpora, *training, *data, models=(p.model, reader))

@@ -42,15 +42,16 @@ def windows_of(profile: str, corpus: str, name: str | None = None) -> list[Windo
 
 def record(
     name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict], *data_sources: str | Callable[[], dict],
-    model_name: str | None = None,
+    models: tuple[str, ...] = (),
 ) -> dict:  # fmt: skip
-    """`results.sweep` of an experiment whose points also depend on corpora (or records of other data), the model's weights and the
-    profile's settings."""
+    """`results.sweep` of an experiment whose points also depend on corpora (or records of other data), the weights of `models` (the
+    profile's unless given) and the profile's settings."""
 
     def data() -> list[dict]:
         settings = json.dumps(asdict(get_profile(profile)), sort_keys=True)
-        model: dict = vars(model_of(model_name or get_profile(profile).model)[0])["less_identity"]
-        own = {f"model {model['model']}": model["revision"], f"profile {profile}": hashlib.sha256(settings.encode()).hexdigest()}
+        loaded = [vars(model_of(model)[0])["less_identity"] for model in dict.fromkeys(models or (get_profile(profile).model,))]
+        own = {f"model {identity['model']}": identity["revision"] for identity in loaded}
+        own[f"profile {profile}"] = hashlib.sha256(settings.encode()).hexdigest()
         read = [load_corpus(source).record() if isinstance(source, str) else source() for source in data_sources]
         return read + [{"name": name, "sha256": sha256} for name, sha256 in own.items()]
 
@@ -67,20 +68,23 @@ def kernels_dir(profile: str, kernel_size: int) -> Path:
 def fit(profile: str, seed: int, policy: str = "h2o", fraction: float = 0.05, name: str | None = None, kernel_size: int = 0) -> dict:
     """Train one set of kernels, or take those that the package carries (see `kernels_dir`): their curves by layer."""
     p = get_profile(profile)
-    p = replace(p, model=name or p.model, kernel_size=kernel_size or p.kernel_size)
+    p = replace(p.of(name or p.model), kernel_size=kernel_size or p.kernel_size)
     folder = kernels_dir(profile, p.kernel_size)
     if folder.is_relative_to(ASSETS):
         return {"layers": load_kernels(p.model, policy, fraction, folder, 0 if p.quick else seed).header["curves"], "carried": True}
     return {"layers": train_for_profile(p, policy, fraction, kernel_path(p.model, policy, fraction, folder, seed), seed)}
 
 
+fitted = functools.cache(fit)
+
+
 def setting(
     profile: str, seed: int, method: str, policy: str = "h2o", fraction: float = 1.0, carried: bool = False, name: str | None = None,
     kernel_size: int | None = None,
 ) -> tuple[Policy, Kernels | None]:  # fmt: skip
-    """(policy, kernels) of one method: Full, Baseline, Baseline+, Performer, or LESS (p%) with kernels trained at p%.
+    """(policy, kernels) of one method: Full, Baseline, Baseline+, Performer, or LESS (p%) with kernels trained at p%, now if need be.
 
-    `kernel_size`: R, of the profile's unless given.
+    `kernel_size`: R, of the profile's unless given. `carried`: only kernels of the package.
     """
     p, kernels = get_profile(profile), None
     R = kernel_size or p.kernel_size
@@ -91,8 +95,10 @@ def setting(
     elif method == "Performer":
         kernels = Kernels.performer(shape, R, seed)
     elif method.startswith("LESS"):
-        trained = () if carried else (kernels_dir(profile, R), 0 if p.quick else seed)
-        kernels = load_kernels(name or p.model, policy, float(method[6:-2]) / 100, *trained)
+        folder, percent = kernels_dir(profile, R), float(method[6:-2]) / 100
+        if not (carried or folder.is_relative_to(ASSETS)):
+            fitted(profile, seed, policy, percent, name, R)
+        kernels = load_kernels(name or p.model, policy, percent, *(() if carried else (folder, 0 if p.quick else seed)))
     return chosen, kernels
 
 
@@ -108,15 +114,9 @@ def tour(profile: str, seed: int = 0) -> dict:
     """The effect in four rows, with the kernels that the package carries, or else trained: H2O at 5% of the context."""
     p = get_profile(profile)
     corpus, carried = p.evaluation[0], kernel_path(p.model, "h2o", 0.05).is_file()
-    where = {"corpus": corpus, "fraction": 0.05, "carried": carried}
-    points = {f"{corpus}/5%/{m}": where | {"method": m} for m in ("Full", "Baseline", "Baseline+", "LESS (5%)")}
-
-    def compute(**case) -> dict:
-        if case["method"].startswith("LESS") and not carried:
-            fit(profile, seed)
-        return score(profile, seed, **case)
-
-    return record("tour", profile, seed, points, compute, corpus)
+    methods = ("Full", "Baseline", "Baseline+", "LESS (5%)")
+    points = {f"{corpus}/5%/{m}": {"corpus": corpus, "fraction": 0.05, "carried": carried, "method": m} for m in methods}
+    return record("tour", profile, seed, points, functools.partial(score, profile, seed), corpus)
 
 
 def language_modeling(profile: str, seed: int = 0) -> dict:
@@ -139,7 +139,7 @@ def multi_query(profile: str, seed: int = 0) -> dict:
     def compute(name: str, **case) -> dict:
         return score(profile, seed, name=name, **case) if case else fit(profile, seed, name=name)
 
-    return record("multi_query", profile, seed, points, compute, *p.evaluation, *p.training, model_name=name)
+    return record("multi_query", profile, seed, points, compute, *p.evaluation, *p.training, models=(name,))
 
 
 def generation(profile: str, seed: int = 0) -> dict:

@@ -47,9 +47,9 @@ def new_falcon(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def new_wide(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """pico-llama with twice the heads and MLPs 2.5 times as wide, which computes the same function until it is trained: what is added
-    to an attention or MLP is drawn anew but for its output's weights, which are 0."""
-    llama, tokenizer = load_model("pico-llama", "cpu")
+    """pico-llama-stories with twice the heads and MLPs 2.5 times as wide, which computes the same function until it is trained: what is
+    added to an attention or MLP is drawn anew but for its output's weights, which are 0."""
+    llama, tokenizer = load_model("pico-llama-stories", "cpu")
     heads = 2 * llama.config.num_attention_heads
     torch.manual_seed(seed)
     sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "intermediate_size": llama.config.intermediate_size * 5 // 2}

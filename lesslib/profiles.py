@@ -31,6 +31,11 @@ class Profile:
     disk_gib: float = 1.0  # what must be there before anything is computed
     gpu_gib: float = 0.0
 
+    def of(self, model: str) -> "Profile":
+        """The same for another model; where the texts are our own, one that was taught stories trains its kernels on stories."""
+        own = self.training == ("topics-train",) and model in READERS.values()
+        return replace(self, model=model, training=("stories-kernels",) if own else self.training)
+
 
 PROFILES = {p.name: p for p in (
     Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=8, max_windows=16, fractions=(0.05,),
@@ -45,13 +50,14 @@ PROFILES = {p.name: p for p in (
 )}  # fmt: skip
 
 
-MODELS = {"wide": "pico-llama-wide", "falcon": "pico-falcon"}  # the second and third model of the small profiles, by role
-HUB_MODELS = {"wide": "meta-llama/Llama-2-13b-hf", "falcon": "tiiuae/falcon-7b"}  # and of the profile paper
+READERS = {"llama": "pico-llama-stories", "wide": "pico-llama-wide", "falcon": "pico-falcon-stories"}  # were taught stories and tasks
+HUB_MODELS = {"wide": "meta-llama/Llama-2-13b-hf", "falcon": "tiiuae/falcon-7b"}  # of the profile paper, beside its own
 
 
-def roles(profile: str) -> dict[str, str]:
-    """Model names by role: "llama" (the paper's Llama 2 7B), "wide" (13B) and "falcon"."""
-    return {"llama": PROFILES[profile].model, **(HUB_MODELS if profile == "paper" else MODELS)}
+def roles(profile: str, tasks: bool = False) -> dict[str, str]:
+    """Model names by role: "llama" (the paper's Llama 2 7B), "wide" (13B) and "falcon"; those that answer `tasks`, or that read text."""
+    llama = {"llama": PROFILES[profile].model}
+    return llama | HUB_MODELS if profile == "paper" else READERS if tasks else llama | {"falcon": "pico-falcon"}
 
 
 @dataclass(frozen=True)

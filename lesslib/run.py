@@ -116,8 +116,9 @@ def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: b
     if "downstream." in code:
         t = get_tasks(profile.name)
         yield from filter(None, map(tasks.missing, [x[0] for x in t.classification] + [x[0] for x in t.summaries]))
-    used = [m for role, m in roles(profile.name).items() if "downstream." in code or (role == "falcon" and "multi_query(" in code)]
-    for model in dict.fromkeys([profile.model, *used]):
+    readers, of_text = roles(profile.name, tasks=True), roles(profile.name)["falcon"]
+    used = [m for role, m in readers.items() if f'"{role}", seed' in code or (role == "llama" and "downstream." in code)]
+    for model in dict.fromkeys([profile.model, *used, *[of_text] * ("multi_query(" in code or "attention_maps(" in code)]):
         if folder_of(model) or isinstance(try_to_load_from_cache(model, "config.json"), str):
             continue
         try:

@@ -317,7 +317,8 @@ def main(argv: list[str] | None = None) -> None:
     a = p.parse_args(argv)
     keep_memory()
     try:
-        profile = replace(get_profile(a.profile), **{n: getattr(a, n) for n in SETTINGS if getattr(a, n) is not None})
+        chosen = get_profile(a.profile)
+        profile = replace(chosen.of(a.model or chosen.model), **{n: getattr(a, n) for n in SETTINGS if getattr(a, n) is not None})
         path = kernel_path(profile.model, a.policy, a.fraction, a.out or results_dir(profile.name) / "kernels", a.seed)
         curves = train_for_profile(profile, a.policy, a.fraction, path, a.seed, a.length, a.memory_gib, a.device)
     except (ValueError, TypeError, OSError) as e:

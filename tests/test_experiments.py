@@ -12,7 +12,7 @@ from lesslib import claims, experiments, plots
 from lesslib.models import ASSETS, load_kernels
 from lesslib.paper import PAPER, table2, table7
 from lesslib.parallel import dense_attention
-from lesslib.profiles import get_profile, get_tasks
+from lesslib.profiles import get_profile, get_tasks, roles
 from lesslib.results import ROOT, results_dir
 
 
@@ -100,6 +100,30 @@ def test_carried_kernels_do_until_some_are_trained_here(monkeypatch):
     monkeypatch.setattr(experiments, "train_for_profile", lambda p, *rest: (p.model, p.kernel_size, *rest))
     path = results_dir("tiny") / "kernels" / "R16" / "pico-falcon" / "lambda-0.1-seed3.safetensors"
     assert experiments.fit("tiny", 3, "lambda", 0.1, "pico-falcon", 16) == {"layers": ("pico-falcon", 16, "lambda", 0.1, path, 3)}
+
+
+def test_kernels_are_trained_when_a_method_needs_them(monkeypatch):
+    (results_dir("tiny") / "kernels").mkdir(parents=True)
+    trained = []
+    monkeypatch.setattr(experiments, "fitted", lambda *a: trained.append(a))
+    with pytest.raises(FileNotFoundError, match=r"no kernels h2o-0\.02"):  # the stand-in made none
+        experiments.setting("tiny", 3, "LESS (2%)", fraction=0.05, kernel_size=4)
+    assert trained == [("tiny", 3, "h2o", 0.02, None, 4)]
+    assert experiments.setting("tiny", 0, "LESS (5%)", fraction=0.05, carried=True)[1] is not None
+    experiments.setting("smoke", 0, "LESS (5%)", fraction=0.05)
+    experiments.setting("tiny", 0, "Baseline+", fraction=0.05)
+    assert len(trained) == 1
+
+
+def test_models_of_stories_train_their_kernels_on_stories():
+    tiny, wild, paper = (get_profile(name) for name in ("tiny", "wild", "paper"))
+    assert tiny.of("pico-falcon").training == tiny.training == ("topics-train",)
+    for model in roles("tiny", tasks=True).values():
+        assert tiny.of(model).training == ("stories-kernels",)
+        assert wild.of(model).training == ("c4",)
+    assert tiny.of("pico-llama-wide").model == "pico-llama-wide"
+    assert roles("paper", tasks=True) == roles("paper")
+    assert paper.of(roles("paper")["wide"]).training == ("c4",)
 
 
 @pytest.mark.parametrize("good", [True, False])

@@ -238,7 +238,7 @@ def test_the_command_line_passes_every_setting(monkeypatch, tmp_path):
 
 
 def test_the_wide_model_begins_as_the_same_function_of_twice_the_parameters():
-    llama, wide = load_model("pico-llama", "cpu")[0], module.new_wide(0)[0].eval()
+    llama, wide = load_model("pico-llama-stories", "cpu")[0], module.new_wide(0)[0].eval()
     assert 1.8 < wide.num_parameters() / llama.num_parameters() < 2.2
     ids = torch.randint(4096, (2, 40), generator=torch.Generator().manual_seed(0))
     out = wide(ids).logits

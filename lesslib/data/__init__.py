@@ -107,6 +107,7 @@ def _articles(lines: Iterable[str]) -> Iterator[Document]:
 SOURCES: dict[str, tuple[str, Callable[[], Iterable[Document]]]] = {
     "stories-train": ("", lambda: (Document(f"story {i}", t) for i, t in enumerate(storyworld.lessons(LESSONS, seed=0)))),
     "stories-heldout": ("", lambda: (Document(f"story {i}", t) for i, t in enumerate(storyworld.lessons(200, seed=0, heldout=True)))),
+    "stories-kernels": ("", lambda: (Document(f"story {i}", t) for i, t in enumerate(storyworld.lessons(300, seed=1)))),
     "topics-train": ("", lambda: _topics(heldout=False)),
     "topics-heldout": ("", lambda: _topics(heldout=True)),
     "wikitext2": ("wikitext2_raw_test.txt.gz", lambda: _articles(d.text for d in _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "test"))),

@@ -1,9 +1,9 @@
 """Storyworld: long English stories from a seeded world, with summaries, yes/no questions and next utterances that follow from them alone.
 
-A world is a cast of people, and for each of them one fact per relation: home, trade, possession, journey, promise. A story tells every
-fact once, in one of eight sentence patterns, among scenes and deeds that matter to no question; some facts come up again later. The
-tasks stand in for those of the paper: `summary` (CNN/DailyMail), `sentence` (XSum), `tellings` (MultiNews), `yes_no` (BoolQ), `reply`
-(MuTual). Every wrong answer is true of somebody else in the same story, so that without the story no answer is likelier than another.
+A world is a cast of people, for each one fact per relation (home, trade, possession, journey, promise) or turn that a life takes or not
+(to keep one's word, to marry). A story tells each fact once, in one of many sentence patterns, among scenes and deeds that no question asks
+about; some facts come up again. Its tasks stand in for the paper's: `summary` (CNN/DailyMail), `sentence` (XSum), `tellings` (MultiNews),
+`yes_no` (BoolQ; on turns, which fall like a coin), `reply` (MuTual; wrong ones are true of others in the story): without it all is chance.
 Names, places, trades and things are a head and a tail, hundreds of each kind: closed lists of sixty would be learnt by heart.
 """
 import functools
@@ -17,7 +17,9 @@ from pathlib import Path
 PEOPLE = {"summary": (4, 3), "sentence": (3, 2), "tellings": (2, 2), "yes_no": (4, 2), "reply": (4, 4)}  # in a story; in a shot
 KINDS = tuple(PEOPLE)
 HELDOUT, ECHO = 0.2, 0.4  # the share of every kind of words that no training story uses; the chance that a fact comes up again
+TURNS = ("word", "return", "sick", "wed", "rich", "read")
 VALUES = {"home": "places", "trade": "trades", "possession": "things", "journey": "places", "promise": "things"}  # words by relation
+PRONOUNS = {"he": "she", "his": "her", "him": "her", "man": "woman", "groom": "bride"}
 LEADS = {"summary": "Summary:", "sentence": "In one sentence:", "tellings": "What all tellings say:"}
 
 
@@ -82,14 +84,14 @@ def draw(rng: random.Random, kind: str, count: int, heldout: bool) -> list[str]:
 
 
 def new_world(rng: random.Random, people: int, relations: tuple[str, ...], heldout: bool) -> World:
-    """A world of `people`, each with one fact per relation; no value is true of two of them."""
+    """A world of `people`, each with one fact per relation or turn; but for yes and no, no value is true of two of them."""
     names, endings = draw(rng, "names", people, heldout), tuple(grammar()["men_end_in"])
     world = World({name: name.endswith(endings) for name in names}, {})
     drawn = {kind: draw(rng, kind, 2 * people, heldout) for kind in dict.fromkeys(VALUES.values())}
     circle = rng.sample(world.people, people)
     for relation in relations:
         for person in world.people:
-            value = drawn[VALUES[relation]].pop()
+            value = rng.choice(("yes", "no")) if relation in TURNS else drawn[VALUES[relation]].pop()
             other = circle[(circle.index(person) + 1) % people] if relation == "promise" else ""
             world.facts[relation, person] = Fact(relation, person, value, other)
     return world
@@ -97,16 +99,22 @@ def new_world(rng: random.Random, people: int, relations: tuple[str, ...], heldo
 
 def fill(pattern: str, rng: random.Random, world: World, fact: Fact) -> str:
     """A pattern with the words of `fact` and of chance."""
-    pronouns = {"he": "he", "his": "his", "him": "him"} if world.man[fact.person] else {"he": "she", "his": "her", "him": "her"}
-    chance = {name: rng.choice(options) for name, options in grammar()["slots"].items()}
-    return pattern.format(p=fact.person, q=fact.other, v=fact.value, **pronouns, **chance)
+    slots = {name: rng.choice(options) for name, options in grammar()["slots"].items()}
+    slots |= {man: man if world.man[fact.person] else woman for man, woman in PRONOUNS.items()}
+    return pattern.format(p=fact.person, q=fact.other, v=fact.value, **slots)
+
+
+def patterns(fact: Fact, again: bool = False) -> list[str]:
+    """The sentences that tell a fact, or tell it again."""
+    g = grammar()
+    return g["turns"][fact.relation][fact.value] if fact.relation in TURNS else g["relations"][fact.relation]["again" if again else "told"]
 
 
 def tell(rng: random.Random, world: World, facts: list[Fact], length: int) -> str:
     """The `facts` in order, each told once and some again later, among as many other sentences as make up `length` words."""
     g = grammar()
-    told = [(i / max(1, len(facts)) * 0.6, rng.choice(g["relations"][f.relation]["told"]), f) for i, f in enumerate(facts)]
-    again = [(rng.uniform(0.65, 1), rng.choice(g["relations"][f.relation]["again"]), f) for f in facts if rng.random() < ECHO]
+    told = [(i / max(1, len(facts)) * 0.6, rng.choice(patterns(f)), f) for i, f in enumerate(facts)]
+    again = [(rng.uniform(0.65, 1), rng.choice(patterns(f, again=True)), f) for f in facts if rng.random() < ECHO]
     placed = [(at, fill(pattern, rng, world, f)) for at, pattern, f in told + again]
     names, decks = ", ".join(world.people[:-1]) + " and " + world.people[-1], dict[str, list[str]]()
     placed.append((-1.0, rng.choice(g["openings"]).format(cast=names)))
@@ -144,27 +152,21 @@ def story(rng: random.Random, world: World, length: int, tellings: bool = False)
     if not tellings:
         return tell(rng, world, facts, length)
     told_in = [{rng.randrange(3)} | {i for i in range(3) if rng.random() < 0.25} for _ in facts]
-    parts = [[f for f, where in zip(facts, told_in, strict=True) if i in where] for i in range(3)]
-    heads = ("First telling.", "Second telling.", "Third telling.")
-    return "\n".join(f"{head} {tell(rng, world, part, length // 3)}" for head, part in zip(heads, parts, strict=True))
+    parts = [(x, [f for f, where in zip(facts, told_in, strict=True) if i in where]) for i, x in enumerate(("First", "Second", "Third"))]
+    return "\n".join(f"{ordinal} telling. {tell(rng, world, part, length // 3)}" for ordinal, part in parts)
 
 
-def ask(rng: random.Random, world: World, text: str, kind: str, elsewhere: bool = False, fact: Fact | None = None) -> Example:
-    """One task of `kind` about a told world (and a `fact`); `elsewhere`: wrong answers are true of nobody in it, which is easier to see."""
+def ask(rng: random.Random, world: World, text: str, kind: str, fact: Fact | None = None) -> Example:
+    """One task of `kind` about a told world (and a `fact`)."""
     if kind in LEADS:
         return Example(kind, text, LEADS[kind], (summary_of(world, kind),))
-    fact = fact or rng.choice(list(world.facts.values()))
-    r = grammar()["relations"][fact.relation]
-    rivals = [f.value for f in world.facts.values() if f.relation == fact.relation and f != fact]
-    if elsewhere or not rivals:
-        told = {f.value for f in world.facts.values()}
-        rivals = [value for value in draw(rng, VALUES[fact.relation], 20, heldout=False) if value not in told]
+    fact = fact or rng.choice([f for f in world.facts.values() if f.relation in (TURNS if kind == "yes_no" else VALUES)])
     if kind == "yes_no":
-        true = rng.random() < 0.5
-        asked = Fact(fact.relation, fact.person, fact.value if true else rng.choice(rivals), fact.other)
-        return Example(kind, text, f"Question: {fill(rng.choice(r['yes_no']), rng, world, asked)}\nAnswer:", ("yes", "no"), 1 - true)
+        question = fill(rng.choice(grammar()["turns"][fact.relation]["ask"]), rng, world, fact)
+        return Example(kind, text, f"Question: {question}\nAnswer:", ("yes", "no"), ("yes", "no").index(fact.value))
+    rivals = [f.value for f in world.facts.values() if f.relation == fact.relation and f != fact]
     speaker = fact.other or rng.choice([p for p in world.people if p != fact.person])
-    question, answer = r["talk"]
+    question, answer = grammar()["relations"][fact.relation]["talk"]
     values = rng.sample([fact.value, *rng.sample(rivals, 3)], 4)
     lead = f'"{question.format(p=fact.person, q="me")}" asked {speaker}. {fact.person} answered:'
     replies = tuple(f'"{answer.format(v=v, q="you")}"' for v in values)
@@ -179,15 +181,16 @@ def examples(kind: str, count: int, seed: int = 0, length: int = 450, heldout: b
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of task {kind!r}: choose from {', '.join(KINDS)}")
-    every, people = tuple(VALUES), PEOPLE[kind][small]
+    every, people = TURNS if kind == "yes_no" else tuple(VALUES), PEOPLE[kind][small]
     if small:
         length = 0
-    elif length < (least := 16 * people * len(every)):
+    elif length < (least := (12 if kind == "yes_no" else 16) * people * len(every)):
         raise ValueError(f"length is {length}, too short for the {people * len(every)} facts of a {kind} story: give {least} words or more")
     found = []
     for i in range(count):
         rng = random.Random(f"{kind}/{seed}/{i}/{heldout}/{small}")
-        world = new_world(rng, people, every if kind in LEADS or not small else (rng.choice(every),), heldout)
+        one = small and kind not in LEADS
+        world = new_world(rng, people, (rng.choice(every),) if one else every, heldout)
         found.append(ask(rng, world, story(rng, world, length, kind == "tellings"), kind))
     return found
 
@@ -196,34 +199,34 @@ def questions(rng: random.Random, world: World, count: int) -> list[str]:
     """At most `count` questions with answers, none to be read off another's: plain, yes or no, next utterances if four people are there."""
     found = []
     for fact in rng.sample(list(world.facts.values()), min(count, len(world.facts))):
-        if rng.random() < 0.4:
-            plain = grammar()["relations"][fact.relation][rng.choice(("what", "who", "who"))]
-            question, answer = (fill(p, rng, world, fact) for p in plain)
+        if fact.relation in VALUES and (len(world.people) < 4 or rng.random() < 0.5):
+            question, answer = (fill(p, rng, world, fact) for p in grammar()["relations"][fact.relation]["what"])
             found.append(f"Question: {question}\nAnswer: {answer}")
         else:
-            kind = rng.choice(("yes_no", "yes_no", "reply") if len(world.people) >= 4 else ("yes_no",))
-            found.append(ask(rng, world, "", kind, rng.random() < 0.4, fact).shown(answer=True, text=False))
+            kind = "yes_no" if fact.relation in TURNS else "reply"
+            found.append(ask(rng, world, "", kind, fact).shown(answer=True, text=False))
     return found
 
 
 def drill(rng: random.Random, heldout: bool) -> str:
     """A few bare facts and many questions: where a model learns what a question asks for, long before it can follow a story."""
     people = rng.choice((1, 2, 2, 3, 4, 5))
-    relations = tuple(rng.sample(list(VALUES)[: 4 if people == 1 else 5], rng.choice((1, 1, 1, 2))))  # none promises himself a thing
-    world = new_world(rng, people, relations, heldout)
-    told = [fill(rng.choice(grammar()["relations"][f.relation]["told"]), rng, world, f) for f in world.facts.values()]
+    known = [r for r in (*VALUES, *TURNS) if people > 1 or r != "promise"]  # none promises himself a thing
+    world = new_world(rng, people, tuple(rng.sample(known, rng.choice((1, 1, 2, 3)))), heldout)
+    told = [fill(rng.choice(patterns(f)), rng, world, f) for f in world.facts.values()]
     return "\n".join([" ".join(rng.sample(told, len(told))), *questions(rng, world, len(told))])
 
 
 def lesson(rng: random.Random, heldout: bool) -> str:
     """A story, and several tasks on it."""
     people, tellings = rng.choice((2, 3, 4, 4, 5)), rng.random() < 0.2
-    world = new_world(rng, people, tuple(rng.sample(list(VALUES), rng.choice((2, 3, 5, 5, 5)))), heldout)
+    relations, turns = rng.choice(((5, 0), (5, 0), (5, 2), (2, 4), (1, 6), (1, 6)))
+    world = new_world(rng, people, (*rng.sample(list(VALUES), relations), *rng.sample(TURNS, turns)), heldout)
     tasks = questions(rng, world, rng.randint(6, 12))
-    if set(VALUES) == {relation for relation, _ in world.facts}:
+    if relations == len(VALUES):
         fit = ["tellings"] if tellings else ["sentence", "summary"] if people >= 3 else ["sentence"]
         tasks.insert(rng.randrange(len(tasks)), ask(rng, world, "", rng.choice(fit)).shown(answer=True, text=False))
-    return "\n".join([story(rng, world, int(12 * len(world.facts) * rng.choice((1.1, 1.5, 2.5))), tellings), *tasks])
+    return "\n".join([story(rng, world, int(12 * len(world.facts) * rng.choice((1.1, 1.4, 1.8))), tellings), *tasks])
 
 
 def lessons(count: int, seed: int, heldout: bool = False) -> Iterator[str]:
