@@ -66,7 +66,7 @@ def summarise(
     asked = prompts(examples, shown, tokenizer, model_shape(model)["context"] - new_tokens, text)
     policy, kernels = setting(profile, seed, method, name=name, **case)
     cache = None if method == "Full" else functools.partial(LessCache, model, policy, kernels)
-    said = continuations(model, tokenizer, asked, new_tokens, cache, p.batch, temperature, seed)
+    said = continuations(model, tokenizer, asked, new_tokens, cache, 6 * p.batch, temperature, seed)  # a step of decoding is small
     references = [e.options[0] for e in examples]
     scores = rouge(said, references)
     other = rouge(said, references[1:] + references[:1])  # of another story's summary: what words alone are worth

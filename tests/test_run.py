@@ -420,3 +420,20 @@ def test_a_folder_of_models_that_is_not_there_is_named(home, capsys, monkeypatch
     monkeypatch.setenv("LESS_MODELS", str(home / "nowhere"))
     assert main() == 2
     assert f"LESS_MODELS={home / 'nowhere'} is not a folder; correct it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("cell", "models"), [
+    ("1 + 1", {"llama"}), ("downstream.classification(profile, seed)", {"llama", "llama of tasks"}),
+    ('downstream.summarization(profile, "wide", seed)', {"llama", "llama of tasks", "wide of tasks"}),
+    ('downstream.summarization(profile, "falcon", seed)', {"llama", "llama of tasks", "falcon of tasks"}),
+    ("experiments.multi_query(profile, seed)", {"llama", "falcon"}),
+    ("downstream.attention_maps(profile, seed)", {"llama", "llama of tasks", "falcon"}),
+])  # fmt: skip
+def test_the_models_that_notebooks_use_are_looked_for_before_a_run(home, capsys, monkeypatch, cell, models):
+    monkeypatch.setattr(data, "hub_reachable", lambda: False)
+    monkeypatch.setattr("lesslib.models.folder_of", lambda name: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    write(home, "00_one", cell)
+    assert main() == 2
+    names = {**profiles.roles("smoke"), **{f"{role} of tasks": m for role, m in profiles.roles("smoke", tasks=True).items()}}
+    assert set(re.findall(r"model '([\w-]+)': not on this machine", capsys.readouterr().err)) == {names[m] for m in models}
