@@ -165,6 +165,7 @@ def curves(panels: dict[str, dict[str, tuple[Any, Any]]], xlabel: str, ylabel: s
         panel.set(xlabel=xlabel, title=title)
         if log2:
             panel.set_xscale("log", base=2)
+        panel.xaxis.get_major_locator().set_params(**({} if log2 else {"integer": True}))
     drawn[0].set_ylabel(ylabel)
     drawn[0].legend(fontsize=8)
     return figure
@@ -176,8 +177,8 @@ def attention_maps(record: dict) -> Figure:
 
     figure, panels = plt.subplots(len(record["points"]), 3, figsize=(8, 2.8 * len(record["points"])), squeeze=False, layout="constrained")
     for row, (case, point) in zip(panels, record["points"].items(), strict=True):
-        for panel, (label, image) in zip(row, point["maps"].items(), strict=True):
-            panel.imshow(np.log10(np.array(image) + 1e-4), cmap="magma", vmin=-4, vmax=-0.5)
+        for panel, label in zip(row, ("original", "sparse", "LESS"), strict=True):
+            panel.imshow(np.log10(np.array(point["maps"][label]) + 1e-4), cmap="magma", vmin=-4, vmax=-0.5)
             panel.set(title=f"{case}: {label}", xticks=[], yticks=[])
     return figure
 
