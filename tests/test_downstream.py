@@ -55,7 +55,7 @@ def test_summaries_are_scored_by_text_and_the_first_few_are_kept():
         assert len(p["scores"]["rouge1"]) == len(p["prompt_tokens"]) == len(p["said"]) == 4
         assert p["rouge1"] == pytest.approx(sum(p["scores"]["rouge1"]) / 4)
         assert max(p["prompt_tokens"]) <= 1024 - 80
-    assert [v.claim for v in scoreboard.summarization(record)] == ["pico-llama, summary/5%: LESS (5%) scores above Baseline+"]
+    assert [v.claim for v in scoreboard.summarization(record)] == ["pico-llama-stories, summary/5%: LESS (5%) scores above Baseline+"]
 
 
 def test_attention_maps_are_of_every_layer_and_small(monkeypatch):
