@@ -75,16 +75,14 @@ def fit(profile: str, seed: int, policy: str = "h2o", fraction: float = 0.05, na
     return {"layers": train_for_profile(p, policy, fraction, kernel_path(p.model, policy, fraction, folder, seed), seed)}
 
 
-fitted = functools.cache(fit)
-
-
 def setting(
     profile: str, seed: int, method: str, policy: str = "h2o", fraction: float = 1.0, carried: bool = False, name: str | None = None,
     kernel_size: int | None = None,
 ) -> tuple[Policy, Kernels | None]:  # fmt: skip
     """(policy, kernels) of one method: Full, Baseline, Baseline+, Performer, or LESS (p%) with kernels trained at p%, now if need be.
 
-    `kernel_size`: R, of the profile's unless given. `carried`: only kernels of the package.
+    `kernel_size`: R, of the profile's unless given. `carried`: only kernels of the package. Kernels of the same recipe are not trained
+    again; `load_kernels` and `check_fit` refuse those of other weights.
     """
     p, kernels = get_profile(profile), None
     R = kernel_size or p.kernel_size
@@ -96,8 +94,10 @@ def setting(
         kernels = Kernels.performer(shape, R, seed)
     elif method.startswith("LESS"):
         folder, percent = kernels_dir(profile, R), float(method[6:-2]) / 100
-        if not (carried or folder.is_relative_to(ASSETS)):
-            fitted(profile, seed, policy, percent, name, R)
+        path, recipe = kernel_path(name or p.model, policy, percent, folder, seed), asdict(Recipe.of(replace(p, kernel_size=R), seed))
+        made = path.is_file() and Kernels.load(path).header.get("recipe") == recipe
+        if not (carried or made or folder.is_relative_to(ASSETS)):
+            fit(profile, seed, policy, percent, name, R)
         kernels = load_kernels(name or p.model, policy, percent, *(() if carried else (folder, 0 if p.quick else seed)))
     return chosen, kernels
 

@@ -163,9 +163,7 @@ def curves(panels: dict[str, dict[str, tuple[Any, Any]]], xlabel: str, ylabel: s
             mark = {"marker": MARKS.get(method, "^"), "markevery": max(1, len(x) // 8), "ms": 4}
             panel.plot(x, y, color=colour(method, list(rows)), ls="--" if method == "Full" else "-", label=method, **mark)
         panel.set(xlabel=xlabel, title=title)
-        if log2:
-            panel.set_xscale("log", base=2)
-        panel.xaxis.get_major_locator().set_params(**({} if log2 else {"integer": True}))
+        panel.set_xscale("log", base=2) if log2 else panel.xaxis.get_major_locator().set_params(integer=True)
     drawn[0].set_ylabel(ylabel)
     drawn[0].legend(fontsize=8)
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -103,16 +104,20 @@ def test_carried_kernels_do_until_some_are_trained_here(monkeypatch):
 
 
 def test_kernels_are_trained_when_a_method_needs_them(monkeypatch):
-    (results_dir("tiny") / "kernels").mkdir(parents=True)
+    for profile in ("tiny", "wild"):  # the recipe of the carried kernels is tiny's
+        shutil.copytree(ASSETS / "kernels" / "pico-llama", results_dir(profile) / "kernels" / "pico-llama")
     trained = []
-    monkeypatch.setattr(experiments, "fitted", lambda *a: trained.append(a))
+    monkeypatch.setattr(experiments, "fit", lambda *a: trained.append(a))
     with pytest.raises(FileNotFoundError, match=r"no kernels h2o-0\.02"):  # the stand-in made none
         experiments.setting("tiny", 3, "LESS (2%)", fraction=0.05, kernel_size=4)
     assert trained == [("tiny", 3, "h2o", 0.02, None, 4)]
     assert experiments.setting("tiny", 0, "LESS (5%)", fraction=0.05, carried=True)[1] is not None
     experiments.setting("smoke", 0, "LESS (5%)", fraction=0.05)
     experiments.setting("tiny", 0, "Baseline+", fraction=0.05)
+    experiments.setting("tiny", 0, "LESS (5%)", fraction=0.05)  # those that lie there are of this recipe
     assert len(trained) == 1
+    experiments.setting("wild", 0, "LESS (5%)", fraction=0.05)  # and here they are not
+    assert trained[1:] == [("wild", 0, "h2o", 0.05, None, 8)]
 
 
 def test_models_of_stories_train_their_kernels_on_stories():

@@ -189,8 +189,7 @@ def examples(kind: str, count: int, seed: int = 0, length: int = 450, heldout: b
     found = []
     for i in range(count):
         rng = random.Random(f"{kind}/{seed}/{i}/{heldout}/{small}")
-        one = small and kind not in LEADS
-        world = new_world(rng, people, (rng.choice(every),) if one else every, heldout)
+        world = new_world(rng, people, (rng.choice(every),) if small and kind not in LEADS else every, heldout)
         found.append(ask(rng, world, story(rng, world, length, kind == "tellings"), kind))
     return found
 
