@@ -117,8 +117,7 @@ def perplexity_by_budget(record: dict, corpora: list[str], fractions: list[float
 def by_position(full: dict, rows: dict[str, dict], title: str) -> Figure:
     """What each method loses against the full cache along the context: the one picture of the effect."""
     centres = [POSITION_BIN * (i + 0.5) for i in range(len(full["by_position"]))]
-    lost = {m: np.subtract(row["by_position"], full["by_position"]) for m, row in ({"Full": full} | rows).items()}
-    panel = {m: (centres, y) for m, y in lost.items()}
+    panel = {m: (centres, np.subtract(row["by_position"], full["by_position"])) for m, row in ({"Full": full} | rows).items()}
     return curves({title: panel}, "position in the context", "nats a token above the full cache", width=6)
 
 
@@ -196,8 +195,7 @@ def scoreboard(rows: list[tuple[str, list[str]]], columns: list[str]) -> Figure:
 
 def cache_bytes(record: dict) -> Figure:
     """What each method's cache holds while a text is read token by token."""
-    lines = {m: np.array(point["bytes"]).T / [[1], [1024]] for m, point in cells(record, "bytes").items()}
-    rows = {m: (x, y) for m, (x, y) in lines.items()}
+    rows = {m: tuple(np.array(point["bytes"]).T / [[1], [1024]]) for m, point in cells(record, "bytes").items()}
     return curves({"H2O at 5%: keys, values, scores and state": rows}, "tokens seen", "KiB held by the cache", width=6.2)
 
 

@@ -24,6 +24,12 @@ def difference(a: list[float], b: list[float]) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" + (", within noise" if low <= 0 <= high else "")
 
 
+def nats_apart(a: dict, b: dict) -> list[float]:
+    """Nats a token that result `a` loses beyond `b` on the same windows, and a 95% interval over documents."""
+    scale = len(a["by_document"]) / a["tokens"]
+    return [scale * x for x in paired(*([nll for nll, _ in r["by_document"]] for r in (a, b)))]
+
+
 def groups(record: dict) -> dict[str, dict[str, dict]]:
     """Points by all of their name but the method, then by method, where Baseline+ is among them; Full, which has no budget, in every
     group of its task."""
