@@ -83,8 +83,7 @@ class Policy:
     def first_out(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
         """Index [B, Hkv, 1] of an empty slot, or else of `victim` among slots in no order: the lowest position breaks ties."""
         rank = self.priority(score, position, now).masked_fill(position < 0, -math.inf)
-        first = rank <= rank.amin(-1, keepdim=True)
-        return position.masked_fill(~first, NEVER).argmin(-1, keepdim=True)
+        return position.masked_fill(rank > rank.amin(-1, keepdim=True), NEVER).argmin(-1, keepdim=True)
 
     def out_order(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
         """Indices [B, Hkv, N] in the order in which slots would go at once: empty ones first, among equals the lowest position."""
@@ -232,8 +231,7 @@ def dense_logsumexp(q: Tensor, k: Tensor, start: int, stop: int, real: Tensor, s
     """log-sum-exp of the causal rows start..stop-1 of dense attention, [B, Hkv, G, stop - start]."""
     index = torch.arange(stop, device=q.device)
     seen = (index <= index[start:, None]) & real[:, None, None, None, :stop]
-    logits = block_logits(q[:, :, start:stop], k, index.expand(*k.shape[:2], stop), scaling)
-    return logits.masked_fill(~seen, -math.inf).logsumexp(-1)
+    return block_logits(q[:, :, start:stop], k, index.expand(*k.shape[:2], stop), scaling).masked_fill(~seen, -math.inf).logsumexp(-1)
 
 
 @contextlib.contextmanager
@@ -266,6 +264,11 @@ def simulate(policy: Policy, q: Tensor, k: Tensor, real: Tensor | None = None, s
     position = (real.int().cumsum(-1, dtype=torch.int32) - 1).masked_fill(~real, -1)  # counted from the first real token
     mark = -torch.arange(1, S + 1, dtype=torch.int32, device=device)  # -(t + 1), of the one that leaves after query t
     leaves = mark.where(position >= budget, NEVER)  # [B, S]; NEVER: none does
+    if isinstance(policy, Lambda):  # known beforehand: a token leaves when one arrives `recent` positions after it
+        by_position = torch.full((B, S + policy.recent + 1), NEVER, dtype=torch.int32, device=device)
+        by_position.scatter_(1, position.masked_fill(~real, S + policy.recent).long(), (-mark).expand(B, S))
+        after = by_position.gather(1, (position + policy.recent).clamp(min=0).long())
+        return after.masked_fill(position < policy.sinks, NEVER)[:, None].expand_as(times).contiguous()
     token_score = torch.zeros(B, Hkv, S + 1, dtype=torch.promote_types(q.dtype, torch.float32), device=device)
     for start in range(0, S, BLOCK):
         stop, kept = min(start + BLOCK, S), min(budget, start)
@@ -273,18 +276,16 @@ def simulate(policy: Policy, q: Tensor, k: Tensor, real: Tensor | None = None, s
         score = token_score.gather(2, index)
         slots = position[:, None].take_along_dim(index, 2).masked_fill(~alive, -1)  # position held; -1: none, -t: left before query t
         slots[..., kept:] = -1  # the block's tokens arrive one at a time
-        if policy.needs_probabilities:
-            logits = block_logits(q[:, :, start:stop], k, index, scaling)
-            normaliser = dense_logsumexp(q, k, start, stop, real, scaling) if dense_rows else None
+        logits = block_logits(q[:, :, start:stop], k, index, scaling)
+        normaliser = dense_logsumexp(q, k, start, stop, real, scaling) if dense_rows else None
         for i, t in enumerate(range(start, stop)):
             now = position[:, None, None, t]
             slots[..., kept + i] = now[..., 0]
-            if policy.needs_probabilities:
-                row = logits[..., i, :].masked_fill((slots < 0)[:, :, None], -math.inf)
-                probabilities = row.softmax(-1) if normaliser is None else (row - normaliser[..., i, None]).exp()
-                if padded:
-                    probabilities = probabilities.masked_fill(~real[:, t, None, None, None], 0.0)
-                score = policy.observe(score, probabilities)
+            row = logits[..., i, :].masked_fill((slots < 0)[:, :, None], -math.inf)
+            probabilities = row.softmax(-1) if normaliser is None else (row - normaliser[..., i, None]).exp()
+            if padded:
+                probabilities = probabilities.masked_fill(~real[:, t, None, None, None], 0.0)
+            score = policy.observe(score, probabilities)
             if t >= budget:
                 victim = policy.victim(score, slots, now)[..., None]
                 slots.scatter_reduce_(2, victim, leaves[:, None, t, None].expand(B, Hkv, 1), "amin")
