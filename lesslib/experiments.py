@@ -234,8 +234,7 @@ def recipes(profile: str, seed: int = 0) -> dict:
     points = {"this profile": base}
     for name, values in ({"lr": (1e-3,)} if p.quick else changes).items():
         points |= {f"{name} {value:g}": base | {name: value} for value in values if value != base[name]}
-    count = min(p.sequences, ABLATION_WINDOWS)
-    trainers = functools.cache(lambda: layer_trainers(profile, seed, min(p.fractions), (0, -1), count))
+    trainers = functools.cache(lambda: layer_trainers(profile, seed, min(p.fractions), (0, -1), min(p.sequences, ABLATION_WINDOWS)))
 
     def compute(**recipe) -> dict:
         r, model, layers = Recipe(**recipe), model_of(p.model)[0], trainers()
