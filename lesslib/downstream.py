@@ -61,18 +61,19 @@ def summarise(
     temperature: float = 0.0, **case,
 ) -> dict[str, Any]:  # fmt: skip
     """ROUGE of what model `name` writes under one method, the prompt read densely; by example, with the first few texts."""
-    p, (model, tokenizer) = get_profile(profile), model_of(name)
+    model, tokenizer = model_of(name)
     examples, shown = task_of(task, count, shots, length=length)
     asked = prompts(examples, shown, tokenizer, model_shape(model)["context"] - new_tokens, text)
     policy, kernels = setting(profile, seed, method, name=name, **case)
     cache = None if method == "Full" else functools.partial(LessCache, model, policy, kernels)
-    said = continuations(model, tokenizer, asked, new_tokens, cache, 6 * p.batch, temperature, seed)  # a step of decoding is small
+    said = continuations(model, tokenizer, asked, new_tokens, cache, get_tasks(profile).at_once, temperature, seed)
     references = [e.options[0] for e in examples]
     scores = rouge(said, references)
     other = rouge(said, references[1:] + references[:1])  # of another story's summary: what words alone are worth
+    shown_texts = 0 if profile == "wild" else 4  # results/wild is published, and holds no words of others
     return {
         **{n: float(np.mean(s)) for n, s in scores.items()}, "scores": scores, "chance": {n: float(np.mean(s)) for n, s in other.items()},
-        "prompt_tokens": [len(a) for a in asked], "said": said[:4], "references": references[:4],
+        "prompt_tokens": [len(a) for a in asked], "said": said[:shown_texts], "references": references[:shown_texts],
     }  # fmt: skip
 
 
@@ -188,5 +189,5 @@ def seeds(profile: str, seed: int = 0, count: int = 3) -> dict:
     def compute(s: int, corpus: str | None = None, **case) -> dict:
         return score(profile, s, corpus, **case) if corpus else summarise(profile, s, **case)
 
-    training = dict.fromkeys((*p.training, *p.of(reader).training))
-    return record("seeds", profile, seed, points, compute, *corpora, *training, *data, models=(p.model, reader))
+    own: Any = (*dict.fromkeys((*corpora, *p.training, *p.of(reader).training)), *data)
+    return record("seeds", profile, seed, points, compute, *own, models=(p.model, reader))

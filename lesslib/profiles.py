@@ -44,7 +44,7 @@ PROFILES = {p.name: p for p in (
     Profile("wild", "two CPU cores, 60 min, $LESS_DATA or the hub", evaluation=("wikitext2", "books"), training=("c4",),
             windows_per_document=6, max_windows=60, sequences=208, validation=16, epochs=6, halve_every=2, disk_gib=3.0),
     Profile("paper", "one 80 GiB GPU, the hub, hours", model="meta-llama/Llama-2-7b-hf",
-            evaluation=("wikitext2", "books"), training=("c4",), windows_per_document=64, max_windows=10_000, batch=1,
+            evaluation=("wikitext2", "books"), training=("c4",), windows_per_document=4, max_windows=10_000, batch=8,
             hidden=512, sequences=512, validation=32, epochs=40, halve_every=10, lr=1e-3, dropout=0.3, train_batch=2,
             disk_gib=700.0, gpu_gib=70.0),
 )}  # fmt: skip
@@ -70,6 +70,7 @@ class Tasks:
     texts: int  # examples of a summarisation task
     length: int = 400  # words of a story; real texts are cut there
     lengths: tuple[int, ...] = (330, 380, 430, 480)  # the same, of notebook 09's prompts
+    at_once: int = 48  # texts written at once; a step of decoding is small, but all their keys and values must fit
     withheld: int = 0  # examples asked without their text, to see what the question alone gives away
 
 
@@ -80,7 +81,7 @@ TASKS = {
     "tiny": Tasks((("yes_no", 2), ("reply", 1)), STORIES, choices=100, texts=48, withheld=1000),
     "wild": Tasks((("boolq", 1), ("mutual", 1)), REAL, choices=100, texts=24),
     "paper": Tasks((("boolq", 10), ("mutual", 16)), (("cnn_dailymail", 5, 128), ("xsum", 5, 64), ("multi_news", 1, 256)),
-                   choices=1000, texts=1000, length=100_000, lengths=(100_000,)),
+                   choices=1000, texts=1000, length=100_000, lengths=(100_000,), at_once=8),
 }  # fmt: skip
 
 

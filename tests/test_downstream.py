@@ -58,6 +58,13 @@ def test_summaries_are_scored_by_text_and_the_first_few_are_kept():
     assert [v.claim for v in scoreboard.summarization(record)] == ["pico-llama-stories, summary/5%: LESS (5%) scores above Baseline+"]
 
 
+def test_results_that_are_published_hold_no_words_of_others():
+    common = {"name": "pico-llama-stories", "task": "sentence", "shots": 0, "new_tokens": 8, "count": 2, "length": 330, "method": "Full"}
+    found = {profile: downstream.summarise(profile, 0, **common) for profile in ("tiny", "wild")}
+    assert len(found["tiny"]["said"]) == len(found["tiny"]["references"]) == 2
+    assert found["wild"] == found["tiny"] | {"said": [], "references": []}
+
+
 def test_attention_maps_are_of_every_layer_and_small(monkeypatch):
     record = downstream.attention_maps("smoke")
     point = record["points"]["llama/h2o 5%"]

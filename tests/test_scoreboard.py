@@ -6,7 +6,7 @@ from zoo import parameter_count
 from lesslib import claims, plots, scoreboard
 from lesslib.kernels import Kernels
 from lesslib.results import results_dir, write_json
-from lesslib.scoreboard import by_length, claim_list, difference, groups, neighbours, recovered, status, verdicts
+from lesslib.scoreboard import by_length, claim_list, difference, groups, nats_apart, neighbours, recovered, status, verdicts
 
 FRACTIONS = {"5%": 0.05, "10%": 0.1, "20%": 0.2}
 
@@ -27,6 +27,13 @@ def test_groups_are_methods_of_one_cell_with_the_full_cache_among_them():
     assert list(found) == ["t/5%"]
     assert set(found["t/5%"]) == {"Full", "withheld", "Baseline", "Baseline+", "LESS (5%)"}
     assert groups({"points": {"t/Full": {}, "t/Baseline+": {}, "t/LESS (5%)": {}}}) == {"t": {"Full": {}, "Baseline+": {}, "LESS (5%)": {}}}
+
+
+def test_nats_apart_are_a_token_and_paired_by_document():
+    more, less = ({"by_document": [[x, 4], [y, 6]], "tokens": 10} for x, y in ((10.0, 20.0), (8.0, 15.0)))
+    assert nats_apart(more, less) == pytest.approx([0.7, 0.4, 1.0])
+    assert nats_apart(less, more) == pytest.approx([-0.7, -1.0, -0.4])
+    assert nats_apart(less, less) == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("less", "holds"), [(36.0, True), (31.0, False)])

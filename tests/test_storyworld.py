@@ -19,6 +19,14 @@ def test_there_are_more_than_sixty_sentence_patterns():
     assert len(turns) >= 60
 
 
+def test_articles_fit_the_words_that_follow_them():
+    said = "\n".join([*lessons(150, seed=2), *(e.shown(answer=True) for kind in KINDS for e in examples(kind, 20))])
+    after = {article: set(re.findall(rf"\b{article} (\w)", said, re.I)) for article in ("a", "an")}
+    assert len(after["a"]) > 15
+    assert not after["a"] & set("aeiou")
+    assert after["an"] <= set("aeiouh")
+
+
 def every(kind, heldout):
     return {word for found in words(kind, heldout).values() for word in found}
 
