@@ -46,12 +46,12 @@ def classify(
 def classification(profile: str, seed: int = 0) -> dict:
     """Table 3: two tasks under a Lambda mask at 5% of the context, and what is left of them when the text is withheld."""
     t, name, points = get_tasks(profile), roles(profile, tasks=True)["llama"], dict[str, dict]()
-    for task, shots in t.classification:
-        where = {"name": name, "task": task, "shots": shots, "count": t.choices, "length": t.length}
+    for task, shots, count in t.classification:
+        where = {"name": name, "task": task, "shots": shots, "count": min(count, t.choices), "length": t.length}
         points |= {f"{task}/{m}": where | {"method": m, "policy": "lambda", "fraction": 0.05} for m in METHODS}
         if t.withheld:
             points[f"{task}/withheld"] = where | {"method": "Full", "text": False, "shots": 0, "count": t.withheld}
-    tasks = [functools.partial(task_record, task, t.choices, shots, t.length) for task, shots in t.classification]
+    tasks = [functools.partial(task_record, task, min(n, t.choices), shots, t.length) for task, shots, n in t.classification]
     data: tuple[Any, ...] = (*get_profile(profile).of(name).training, *tasks)
     return record("classification", profile, seed, points, functools.partial(classify, profile, seed), *data, models=(name,))
 

@@ -62,11 +62,11 @@ def roles(profile: str, tasks: bool = False) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Which tasks notebooks 05, 06 and 09 measure: (name, shots) of `lesslib.data.tasks`, and (name, shots, tokens to write)."""
+    """Which tasks notebooks 05, 06 and 09 measure: (name, shots, examples) of `lesslib.data.tasks`, and (name, shots, tokens to write)."""
 
-    classification: tuple[tuple[str, int], ...]
+    classification: tuple[tuple[str, int, int], ...]
     summaries: tuple[tuple[str, int, int], ...]
-    choices: int  # examples of a classification task
+    choices: int  # examples of a classification task at the most
     texts: int  # examples of a summarisation task
     length: int = 400  # words of a story; real texts are cut there
     lengths: tuple[int, ...] = (330, 380, 430, 480)  # the same, of notebook 09's prompts
@@ -77,10 +77,10 @@ class Tasks:
 STORIES = (("summary", 0, 80), ("sentence", 0, 40), ("tellings", 0, 80))
 REAL = (("cnn_dailymail", 0, 64), ("xsum", 0, 32), ("multi_news", 0, 64))
 TASKS = {
-    "smoke": Tasks((("yes_no", 1), ("reply", 0)), STORIES, choices=8, texts=4, length=330, lengths=(330,)),
-    "tiny": Tasks((("yes_no", 2), ("reply", 1)), STORIES, choices=100, texts=48, withheld=1000),
-    "wild": Tasks((("boolq", 1), ("mutual", 1)), REAL, choices=100, texts=24),
-    "paper": Tasks((("boolq", 10), ("mutual", 16)), (("cnn_dailymail", 5, 128), ("xsum", 5, 64), ("multi_news", 1, 256)),
+    "smoke": Tasks((("yes_no", 1, 8), ("reply", 0, 8)), STORIES, choices=8, texts=4, length=330, lengths=(330,)),
+    "tiny": Tasks((("yes_no", 2, 300), ("reply", 1, 100)), STORIES, choices=300, texts=48, withheld=1000),
+    "wild": Tasks((("boolq", 1, 200), ("mutual", 1, 100)), REAL, choices=200, texts=24),
+    "paper": Tasks((("boolq", 10, 1000), ("mutual", 16, 1000)), (("cnn_dailymail", 5, 128), ("xsum", 5, 64), ("multi_news", 1, 256)),
                    choices=1000, texts=1000, length=100_000, lengths=(100_000,), at_once=8),
 }  # fmt: skip
 
