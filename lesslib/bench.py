@@ -1,11 +1,8 @@
 """Benchmarks that print ratios: `python -m lesslib.bench train` and `python -m lesslib.bench decode`, with --help.
 
-`train`: seconds and memory of one epoch of kernel training. `ours` trains from eviction times, sparse outputs and targets that were
-computed once. `stepwise`, written from the description of the authors' code, rebuilds at every step the dense weights, the policy's
-mask token by token and the S x S low-rank weights.
-
-`decode`: milliseconds per step of models with random weights at contexts of many lengths, for the full cache and for bounded ones; and
-the bytes held and the peak memory of a process that generates many tokens.
+`train`: seconds and memory of an epoch of kernel training. `ours` trains from eviction times, sparse outputs and targets computed once;
+`stepwise`, after the authors' code, rebuilds at every step the dense weights, the mask token by token and the S x S low-rank weights.
+`decode`: milliseconds per step of random models at many contexts, for the full cache and bounded ones; bytes and peak memory.
 """
 import argparse
 import contextlib

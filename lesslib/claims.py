@@ -10,28 +10,36 @@ from .evaluate import RECURRENCE, gap_closed
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim, whether the recorded numbers bear it out, and those numbers."""
+    """A claim, whether the recorded numbers bear it out (None: they are noise, or the full cache itself fails at the task), and those."""
 
     claim: str
-    holds: bool
+    holds: bool | None
     numbers: str
 
+    @property
+    def here(self) -> str:
+        return {True: "holds", False: "FAILS", None: "undecided"}[self.holds]
+
     def __str__(self) -> str:
-        return f"{'holds' if self.holds else 'FAILS'}: {self.claim}"
+        return f"{self.here}: {self.claim}"
 
 
-def by_cell(points: dict[str, dict]) -> list[tuple[tuple[str, str, str], dict]]:
-    """((corpus, budget or policy, method), point) of every perplexity in a record; Full has no budget."""
-    return [((n[0], n[1] if len(n) == 3 else "", n[-1]), point) for n, point in ((name.split("/"), p) for name, p in points.items())]
+def groups(record: dict) -> dict[str, dict[str, dict]]:
+    """Points by all of their name but the method, then by method, where Baseline+ is among them; Full, which has no budget, in every
+    group of its corpus or task."""
+    found: dict[str, dict[str, dict]] = {}
+    for name, point in record["points"].items():
+        found.setdefault(name.rpartition("/")[0], {})[name.rpartition("/")[2]] = point
+    return {g: found.get(g.split("/")[0], {}) | rows for g, rows in found.items() if "Baseline+" in rows}
 
 
-def shares(points: dict[str, dict]) -> dict[tuple[str, str, str], tuple[str, str]]:
-    """(share of the gap between Baseline and Full that is closed, its 95% interval) for every other method of a record."""
+def shares(record: dict) -> dict[tuple[str, str], tuple[str, str]]:
+    """(share of the gap between Baseline and Full that is closed, its 95% interval) by group and method, of all but those two."""
     found = {}
-    for (corpus, cell, method), point in by_cell(points):
-        if method not in ("Full", "Baseline"):
-            share, low, high = gap_closed(points[f"{corpus}/Full"], points[f"{corpus}/{cell}/Baseline"], point)
-            found[corpus, cell, method] = (f"{share:.1%}", f"{low:.1%} to {high:.1%}")
+    for group, rows in groups(record).items():
+        for method in (m for m in rows if m not in ("Full", "Baseline")):
+            share, low, high = gap_closed(rows["Full"], rows["Baseline"], rows[method])
+            found[group, method] = (f"{share:.1%}", f"{low:.1%} to {high:.1%}")
     return found
 
 
@@ -65,16 +73,16 @@ def perplexity_table(full: dict, rows: dict[str, dict], method: str, label: str)
     return found
 
 
-def language_modeling(record: dict, corpora: Iterable[str], fractions: Iterable[float]) -> list[Verdict]:
-    """Table 2: every budget with the kernels trained at it, and what kernels trained at the largest do at the smallest."""
-    found, points, budgets = list[Verdict](), record["points"], [f"{f:.0%}" for f in sorted(fractions)]
+def language_modeling(record: dict, corpora: Iterable[str], fractions: Iterable[float], whose: str = "") -> list[Verdict]:
+    """Table 2: every budget with the kernels trained at it, and what kernels trained at the largest do at the smallest; `whose` model."""
+    found, cells, budgets = list[Verdict](), groups(record), [f"{f:.0%}" for f in sorted(fractions)]
     least, most = budgets[0], budgets[-1]
     for corpus in corpora:
         for f in budgets:
-            rows = {m: p for (c, budget, m), p in by_cell(points) if (c, budget) == (corpus, f)}
-            found += perplexity_table(points[f"{corpus}/Full"], rows, f"LESS ({f})", f"{corpus}, H2O at {f}")
+            rows = cells[f"{corpus}/{f}"]
+            found += perplexity_table(rows["Full"], rows, f"LESS ({f})", f"{whose}{corpus}, H2O at {f}")
         if least != most:
-            a, b = (points[f"{corpus}/{least}/LESS ({trained})"]["token_ppl"] for trained in (least, most))
+            a, b = (cells[f"{corpus}/{least}"][f"LESS ({trained})"]["token_ppl"] for trained in (least, most))
             claim = f"{corpus}: at {least}, kernels trained at {most} do worse than those trained at it"
             found.append(Verdict(claim, b > a, f"{b:.2f} against {a:.2f}"))
     return found
@@ -154,10 +162,3 @@ def generation(record: dict, tokens: int = 512) -> list[Verdict]:
         claim = f"after {prompt}, LESS gives back at least half of what eviction costs"
         found.append(Verdict(claim, back[how] >= 0.5, f"{back[how]:.1%} of {lost[how]:.3f} nats a token"))
     return found
-
-
-def multi_query(record: dict, corpora: Iterable[str]) -> list[Verdict]:
-    """Table 2's claims at 5% for Falcon's architecture, by corpus."""
-    cells = {c: {n.split("/")[-1]: p for n, p in record["points"].items() if n.startswith(f"{c}/5%/")} for c in corpora}
-    tables = (perplexity_table(record["points"][f"{c}/Full"], rows, "LESS (5%)", f"Falcon, {c}, H2O at 5%") for c, rows in cells.items())
-    return [verdict for table in tables for verdict in table]

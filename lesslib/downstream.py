@@ -15,14 +15,13 @@ from .answers import continuations, option_scores, prompts, rouge
 from .cache import LessCache
 from .data import encode
 from .data.tasks import load_task, task_record
-from .experiments import model_of, record, score, setting, windows_of
+from .experiments import METHODS, model_of, record, score, setting, windows_of
 from .hf import capture, less
 from .kernels import Kernels
 from .models import check_fit, model_shape
 from .policies import simulate
 from .profiles import get_profile, get_tasks, roles
 
-METHODS = ("Full", "Baseline", "Baseline+", "LESS (5%)")
 MAP_TOKENS, MAP_SIZE, MAP_WINDOWS = 192, 64, 6  # of an attention map: tokens, its pixels, windows that distances are averaged over
 SIZES = (2, 4, 8, 16, 32)  # R of notebook 08
 task_of = functools.lru_cache(maxsize=8)(load_task)
@@ -52,8 +51,8 @@ def classification(profile: str, seed: int = 0) -> dict:
         if t.withheld:
             points[f"{task}/withheld"] = where | {"method": "Full", "text": False, "shots": 0, "count": t.withheld}
     tasks = [functools.partial(task_record, task, min(n, t.choices), shots, t.length) for task, shots, n in t.classification]
-    data: tuple[Any, ...] = (*get_profile(profile).of(name).training, *tasks)
-    return record("classification", profile, seed, points, functools.partial(classify, profile, seed), *data, models=(name,))
+    compute, training = functools.partial(classify, profile, seed), get_profile(profile).of(name).training
+    return record("classification", profile, seed, points, compute, *training, *tasks, models=(name,))
 
 
 def summarise(
@@ -189,5 +188,5 @@ def seeds(profile: str, seed: int = 0, count: int = 3) -> dict:
     def compute(s: int, corpus: str | None = None, **case) -> dict:
         return score(profile, s, corpus, **case) if corpus else summarise(profile, s, **case)
 
-    own: Any = (*dict.fromkeys((*corpora, *p.training, *p.of(reader).training)), *data)
-    return record("seeds", profile, seed, points, compute, *own, models=(p.model, reader))
+    texts = dict.fromkeys((*corpora, *p.training, *p.of(reader).training))
+    return record("seeds", profile, seed, points, compute, *texts, *data, models=(p.model, reader))

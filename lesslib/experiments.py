@@ -26,11 +26,13 @@ from .profiles import get_profile, roles
 from .results import results_dir, sweep
 from .train import LayerTrainer, Recipe, capture_layers, layer_pool, train_for_profile
 
+METHODS = ("Full", "Baseline", "Baseline+", "LESS (5%)")
 LENGTHS = (512, 1024, 2048, 4096)  # of the windows that training is timed on; S x S weights soon take too much memory
 VERSION = 2  # of the code behind the points: raised, it makes every recorded point stale
 ABLATION_WINDOWS, FIGURE_3_WINDOWS = 40, 24  # at the most: these two sweeps have many points
 PROMPT, CONTINUED, ROWS = 384, 96, 16  # of notebook 13: tokens of a prompt, tokens after it, windows that prefills are compared on
 model_of = functools.lru_cache(maxsize=1)(load_model)
+sha256_of = functools.cache(lambda corpus: load_corpus(corpus).sha256)
 
 
 @functools.lru_cache(maxsize=4)
@@ -81,24 +83,26 @@ def setting(
 ) -> tuple[Policy, Kernels | None]:  # fmt: skip
     """(policy, kernels) of one method: Full, Baseline, Baseline+, Performer, or LESS (p%) with kernels trained at p%, now if need be.
 
-    `kernel_size`: R, of the profile's unless given. `carried`: only kernels of the package. Kernels of the same recipe are not trained
-    again; `load_kernels` and `check_fit` refuse those of other weights.
+    `kernel_size`: R, of the profile's unless given. `carried`: only kernels of the package. Kernels of the same recipe and texts are not
+    trained again; `load_kernels` and `check_fit` refuse those of other weights.
     """
     p, kernels = get_profile(profile), None
-    R = kernel_size or p.kernel_size
-    shape = model_shape(model_of(name or p.model)[0])
+    p = replace(p.of(name or p.model), kernel_size=kernel_size or p.kernel_size)
+    shape = model_shape(model_of(p.model)[0])
     chosen: Policy = Full() if method == "Full" else get_policy(policy).from_fraction(fraction, shape["context"])
     if method == "Baseline+":
-        chosen = chosen.plus(R // 2)
+        chosen = chosen.plus(p.kernel_size // 2)
     elif method == "Performer":
-        kernels = Kernels.performer(shape, R, seed)
+        kernels = Kernels.performer(shape, p.kernel_size, seed)
     elif method.startswith("LESS"):
-        folder, percent = kernels_dir(profile, R), float(method[6:-2]) / 100
-        path, recipe = kernel_path(name or p.model, policy, percent, folder, seed), asdict(Recipe.of(replace(p, kernel_size=R), seed))
-        made = path.is_file() and Kernels.load(path).header.get("recipe") == recipe
-        if not (carried or made or folder.is_relative_to(ASSETS)):
-            fit(profile, seed, policy, percent, name, R)
-        kernels = load_kernels(name or p.model, policy, percent, *(() if carried else (folder, 0 if p.quick else seed)))
+        folder, percent = kernels_dir(profile, p.kernel_size), float(method[6:-2]) / 100
+        if not (carried or folder.is_relative_to(ASSETS)):
+            path = kernel_path(p.model, policy, percent, folder, seed)
+            made = Kernels.load(path).header if path.is_file() else {"data": []}
+            same = made.get("sequences") == p.sequences and [d["sha256"] for d in made["data"]] == [sha256_of(c) for c in p.training]
+            if not same or made["recipe"] != asdict(Recipe.of(p, seed)):
+                fit(profile, seed, policy, percent, name, p.kernel_size)
+        kernels = load_kernels(p.model, policy, percent, *(() if carried else (folder, 0 if p.quick else seed)))
     return chosen, kernels
 
 
@@ -114,8 +118,7 @@ def tour(profile: str, seed: int = 0) -> dict:
     """The effect in four rows, with the kernels that the package carries, or else trained: H2O at 5% of the context."""
     p = get_profile(profile)
     corpus, carried = p.evaluation[0], kernel_path(p.model, "h2o", 0.05).is_file()
-    methods = ("Full", "Baseline", "Baseline+", "LESS (5%)")
-    points = {f"{corpus}/5%/{m}": {"corpus": corpus, "fraction": 0.05, "carried": carried, "method": m} for m in methods}
+    points = {f"{corpus}/5%/{m}": {"corpus": corpus, "fraction": 0.05, "carried": carried, "method": m} for m in METHODS}
     return record("tour", profile, seed, points, functools.partial(score, profile, seed), corpus)
 
 
@@ -149,8 +152,8 @@ def generation(profile: str, seed: int = 0) -> dict:
     all layers' key-value heads that no longer hold it. prefill: nats a token of what really follows prompts, read densely or in chunks.
     """
     p = get_profile(profile)
-    corpus, methods = p.evaluation[0], ("Full", "Baseline", "Baseline+", "LESS (5%)")
-    points = {f"{what}/{m}": {"what": what, "method": m} for what in ("text", "bytes") for m in methods}
+    corpus = p.evaluation[0]
+    points = {f"{what}/{m}": {"what": what, "method": m} for what in ("text", "bytes") for m in METHODS}
     points |= {f"evicted/{name}": {"what": "evicted", "method": "Baseline", "policy": name} for name in ("h2o", "lambda", "tova")}
     for m, prefill in (("Full", "dense"), *itertools.product(("Baseline", "LESS (5%)"), ("dense", "streaming"))):
         points[f"prefill/{m}/{prefill}"] = {"what": "prefill", "method": m, "prefill": prefill}

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from .cache import LessCache
 from .hf import less
-from .kernels import Kernels
 from .models import check_fit, load_kernels, load_model, model_shape
 from .policies import get_policy
 
@@ -50,9 +49,8 @@ class LessLM(HFLM):
         model, tokenizer = load_model(pretrained, device, None if dtype in (None, "auto") else getattr(torch, dtype))
         full = get_policy(policy).name == "full"
         self.policy = get_policy(policy)() if full else get_policy(policy).from_fraction(float(fraction), model_shape(model)["context"])
-        self.kernels: Kernels | None = None
-        if kernels not in (None, "none") and not full:
-            self.kernels = load_kernels(pretrained, policy, float(fraction), None if kernels == "carried" else kernels)
+        own, none = None if kernels == "carried" else kernels, full or kernels in (None, "none")
+        self.kernels = None if none else load_kernels(pretrained, policy, float(fraction), own)
         self.prefill, self.full = prefill, full
         if full:
             check_fit(model, self.policy, None)

@@ -181,12 +181,14 @@ def attention_maps(record: dict) -> Figure:
 
 
 def scoreboard(rows: list[tuple[str, list[str]]], columns: list[str]) -> Figure:
-    """(claim, its status by column), coloured: green holds, yellow in part, red fails, grey was not measured."""
-    tint = {"holds": "#7fbf7b", "FAILS": "#d6604d", "not measured": "#dddddd"}
-    figure, (panel,) = axes(1, width=9.5, height=0.26 * len(rows) + 0.5)
-    colours, widths = [["w", *(tint.get(s, "#f1d769") for s in found)] for _, found in rows], [0.64, *[0.36 / len(columns)] * len(columns)]
+    """(claim, its status by column), coloured: green holds, yellow in part, red fails, grey decides nothing."""
+    tint = {"holds": "#7fbf7b", "FAILS": "#d6604d", "not measured": "#dddddd", "undecided": "#dddddd"}
+    figure, (panel,) = axes(1, width=10.5, height=0.26 * len(rows) + 0.5)
+    colours, widths = [["w", *(tint.get(s, "#f1d769") for s in found)] for _, found in rows], [0.53, *[0.47 / len(columns)] * len(columns)]
     text, labels = [[claim, *found] for claim, found in rows], ["claim of the paper", *columns]
     cells = panel.table(text, colours, colLabels=labels, colWidths=widths, cellLoc="left", loc="center")
+    for cell in cells.get_celld().values():
+        cell.PAD = 0.02  # of its width
     cells.auto_set_font_size(False)
     cells.scale(1, 1.25)
     panel.set_axis_off()

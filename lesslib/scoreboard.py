@@ -11,7 +11,7 @@ import numpy as np
 
 from . import claims
 from .answers import paired
-from .claims import Verdict
+from .claims import Verdict, groups
 from .paper import PAPER, POLICIES
 from .results import load
 
@@ -26,17 +26,7 @@ def difference(a: list[float], b: list[float]) -> str:
 
 def nats_apart(a: dict, b: dict) -> list[float]:
     """Nats a token that result `a` loses beyond `b` on the same windows, and a 95% interval over documents."""
-    scale = len(a["by_document"]) / a["tokens"]
-    return [scale * x for x in paired(*([nll for nll, _ in r["by_document"]] for r in (a, b)))]
-
-
-def groups(record: dict) -> dict[str, dict[str, dict]]:
-    """Points by all of their name but the method, then by method, where Baseline+ is among them; Full, which has no budget, in every
-    group of its task."""
-    found: dict[str, dict[str, dict]] = {}
-    for name, point in record["points"].items():
-        found.setdefault(name.rpartition("/")[0], {})[name.rpartition("/")[2]] = point
-    return {g: found.get(g.split("/")[0], {}) | rows for g, rows in found.items() if PLUS in rows}
+    return [len(a["by_document"]) / a["tokens"] * x for x in paired(*([nll for nll, _ in r["by_document"]] for r in (a, b)))]
 
 
 def ordered(record: dict) -> Iterator[Verdict]:
@@ -55,19 +45,33 @@ def language(record: dict, word: str, smallest: bool = False) -> list[Verdict]:
 
 def policies(record: dict, full: dict) -> list[Verdict]:
     """Table 7, at 5%: each policy with LESS against the same policy with Baseline+; `full` has H2O's rows and the whole cache's."""
-    cells = groups({"points": full["points"] | record["points"]}).items()
-    at_5 = ((group, rows) for group, rows in cells if group.split("/")[1] in ("5%", *POLICIES))
-    return [claims.perplexity_table(rows[FULL], rows, "LESS (5%)", group)[1] for group, rows in at_5]
+    cells = groups({"points": full["points"] | record["points"]})
+    at_5 = [group for group in cells if group.split("/")[1] in ("5%", *POLICIES)]
+    return [claims.perplexity_table(cells[group][FULL], cells[group], "LESS (5%)", group)[1] for group in at_5]
 
 
-def classification(record: dict) -> Iterator[Verdict]:
+def skilled(*full: dict) -> bool:
+    """Whether the full cache itself does a task, without which no method can lose anything: the 95% interval of its accuracy lies above
+    chance, or that of its ROUGE-1 above the ROUGE-1 of another text's reference."""
+    pairs = ((x["right"], 1 / x["options"]) if "right" in x else (x["scores"]["rouge1"], x["chance"]["rouge1"]) for x in full)
+    return all(paired(scores, [chance] * len(scores))[1] > 0 for scores, chance in pairs)
+
+
+def ahead(claim: str, a: list[float], b: list[float], full: dict, more: str = "") -> Verdict:
+    """`claim` that a is above b on average, decided where the difference is beyond noise and the `full` cache does the task."""
+    _, low, high = paired(a, b)
+    numbers = difference(a, b) + more + ("" if skilled(full) else "; the full cache fails at the task")
+    return Verdict(claim, low > 0 if skilled(full) and not low <= 0 <= high else None, numbers)
+
+
+def classification(record: dict, withheld: bool = True) -> Iterator[Verdict]:
     """Table 3: per task, LESS against Baseline+ by question, and that without the text nothing is left but chance."""
     for task, rows in groups(record).items():
         ours, plus = (np.multiply(100.0, rows[m]["right"]).tolist() for m in ("LESS (5%)", PLUS))
-        numbers = f"{np.mean(ours):.1f}% against {np.mean(plus):.1f}%: {difference(ours, plus)}"
-        yield Verdict(f"{task}: LESS (5%) is right more often than Baseline+", np.mean(ours) > np.mean(plus), numbers)
-        if withheld := rows.get("withheld"):
-            n, chance, accuracy = len(withheld["right"]), 1 / withheld["options"], withheld["accuracy"]
+        claim = f"{task}: LESS (5%) is right more often than Baseline+"
+        yield ahead(claim, ours, plus, rows[FULL], f"; {np.mean(ours):.1f}% against {np.mean(plus):.1f}%")
+        if withheld and (asked := rows.get("withheld")):
+            n, chance, accuracy = len(asked["right"]), 1 / asked["options"], asked["accuracy"]
             near = abs(accuracy - chance) <= 2 * (chance * (1 - chance) / n) ** 0.5
             yield Verdict(f"{task}: without its text accuracy is at chance (within two standard errors)", near, f"{accuracy:.1%} of {n}")
 
@@ -83,14 +87,14 @@ def summarization(*records: dict, rival: str = PLUS, least: float | None = None,
     `only`: groups that end so."""
     for group, rows in ((g, r) for record in records for g, r in groups(record).items() if g.endswith(only)):
         for method in (m for m in rows if m.startswith("LESS")):
-            share, ours = recovered(rows, method), rows[method]
+            share, ours = recovered(rows, method), rows[method]["scores"]["rouge1"]
             back = f"{share or 0:.0%} of the {rows[FULL]['rouge1'] - rows[PLUS]['rouge1']:.1f} that Baseline+ loses"
-            what = f"{ours['parameters']['name']}, {group}: {method} "
+            what = f"{rows[method]['parameters']['name']}, {group}: {method} "
             if least:
-                yield Verdict(f"{what}gives back at least {least:.1%} of what Baseline+ loses", (share or 0) >= least, back)
+                held = (share or 0) >= least if skilled(rows[FULL]) else None
+                yield Verdict(f"{what}gives back at least {least:.1%} of what Baseline+ loses", held, back)
             else:
-                numbers = f"{difference(ours['scores']['rouge1'], rows[rival]['scores']['rouge1'])}; {back}"
-                yield Verdict(f"{what}scores above {rival}", ours["rouge1"] > rows[rival]["rouge1"], numbers)
+                yield ahead(f"{what}scores above {rival}", ours, rows[rival]["scores"]["rouge1"], rows[FULL], f"; {back}")
 
 
 def attention_maps(record: dict) -> Iterator[Verdict]:
@@ -138,7 +142,8 @@ def prompt_length(record: dict) -> Iterator[Verdict]:
         draws = (rng.integers(0, len(lead), len(lead)) for _ in range(2000))
         slope, *slopes = (100 * np.polyfit(lengths[d], lead[d], 1)[0] for d in (np.arange(len(lead)), *draws))
         low, high = np.quantile(slopes, [0.025, 0.975])
-        yield Verdict(f"{task}: LESS's lead over Baseline+ grows with the prompt", slope > 0,
+        able = skilled(*(rows[FULL] for group, rows in groups(record).items() if group.split("/")[0] == task))
+        yield Verdict(f"{task}: LESS's lead over Baseline+ grows with the prompt", slope > 0 if able and not low <= 0 <= high else None,
                       f"{slope:+.2f} points per 100 tokens [{low:+.2f}, {high:+.2f}]")  # fmt: skip
 
 
@@ -170,5 +175,7 @@ def verdicts(claim: dict[str, Any], profile: str) -> list[Verdict]:
 
 
 def status(found: list[Verdict]) -> str:
-    held = sum(v.holds for v in found)
-    return "not measured" if not found else "holds" if held == len(found) else "FAILS" if not held else f"holds in {held} of {len(found)}"
+    """The verdicts on one claim in a few words."""
+    here = [v.here for v in found] or ["not measured"]
+    undecided = f", {n} open" if (n := here.count("undecided")) else ""
+    return here[0] if len(set(here)) == 1 else f"holds in {here.count('holds')} of {len(here)}{undecided}"

@@ -6,14 +6,14 @@ from zoo import parameter_count
 from lesslib import claims, plots, scoreboard
 from lesslib.kernels import Kernels
 from lesslib.results import results_dir, write_json
-from lesslib.scoreboard import by_length, claim_list, difference, groups, nats_apart, neighbours, recovered, status, verdicts
+from lesslib.scoreboard import by_length, claim_list, difference, groups, nats_apart, neighbours, recovered, skilled, status, verdicts
 
 FRACTIONS = {"5%": 0.05, "10%": 0.1, "20%": 0.2}
 
 
 def texts(*scores: float, **parameters) -> dict:
-    return {"rouge1": float(np.mean(scores)), "scores": {"rouge1": list(scores)}, "parameters": {"name": "m"} | parameters,
-            "prompt_tokens": list(range(500, 500 + 100 * len(scores), 100))}  # fmt: skip
+    return {"rouge1": float(np.mean(scores)), "scores": {"rouge1": list(scores)}, "chance": {"rouge1": 10.0},
+            "parameters": {"name": "m"} | parameters, "prompt_tokens": list(range(500, 500 + 100 * len(scores), 100))}  # fmt: skip
 
 
 def table(less: float, budget: str = "5%") -> dict:
@@ -52,13 +52,16 @@ def test_differences_say_when_they_are_noise():
     assert difference([3.0, 0.0, 5.0], [1.0, 2.0, 3.0]).endswith("within noise")
 
 
+def right(n: int) -> dict:
+    return {"accuracy": n / 100, "options": 2, "right": [1] * n + [0] * (100 - n)}
+
+
 @pytest.mark.parametrize("good", [True, False])
 def test_classification_verdicts_hold_and_fail(good):
-    right = [1] * 60 + [0] * 40
-    points = {f"t/{m}": {"right": right, "accuracy": 0.6, "options": 2} for m in ("Full", "Baseline", "Baseline+")}
-    points["t/LESS (5%)"] = {"right": [1] * (70 if good else 50) + [0] * (30 if good else 50), "options": 2}
-    points["t/withheld"] = {"right": right, "accuracy": 0.55 if good else 0.65, "options": 2}
+    points = {f"t/{m}": right(70) for m in ("Full", "Baseline", "Baseline+")}
+    points |= {"t/LESS (5%)": right(90 if good else 50), "t/withheld": right(55 if good else 65)}
     assert [v.holds for v in scoreboard.classification({"points": points})] == [good] * 2
+    assert [v.holds for v in scoreboard.classification({"points": points}, withheld=False)] == [good]
 
 
 @pytest.mark.parametrize("good", [True, False])
@@ -77,10 +80,40 @@ def test_verdicts_of_attention_and_kernel_size_hold_and_fail(good):
 @pytest.mark.parametrize(("growth", "holds"), [(5.0, True), (-5.0, False)])
 def test_verdict_of_prompt_lengths_holds_and_fails(growth, holds):
     lead = growth * np.arange(4)
-    points = {f"t/{n}/{m}": texts(*(20.0 + x)) for n in (300, 400) for m, x in (("LESS (5%)", lead), ("Baseline+", 0 * lead))}
+    rows = {"Full": 9 + 0 * lead, "LESS (5%)": lead, "Baseline+": 0 * lead}
+    points = {f"t/{n}/{m}": texts(*(20.0 + x)) for n in (300, 400) for m, x in rows.items()}
     (verdict,) = scoreboard.prompt_length({"points": points})
     assert verdict.holds == holds
     assert verdict.numbers.startswith(f"{growth:+.2f} points per 100 tokens")
+
+
+def test_nothing_is_decided_where_the_full_cache_fails_at_the_task():
+    assert [skilled(right(n)) for n in (30, 57, 63)] == [False, False, True]
+    assert skilled(texts(11.0, 12.0))
+    assert not skilled(texts(11.0, 12.0), texts(9.0, 30.0))  # the second above 10 on average, and within noise of it
+    rows = {"q/Full": right(57), "q/Baseline": right(30), "q/Baseline+": right(30), "q/LESS (5%)": right(90)}
+    answers = {"points": table(36.0)["points"] | {"t/Full": texts(9.0, 30.0)}}
+    lead = 9.0 * np.arange(4)
+    scores = {"Full": [9.0, 30.0, 9.0, 30.0], "LESS (5%)": lead, "Baseline+": 0 * lead}
+    lengths = {f"t/{n}/{m}": texts(*x) for n in (300, 400) for m, x in scores.items()}
+    found = [*scoreboard.summarization(answers), *scoreboard.summarization(answers, least=0.4)]
+    found += [*scoreboard.classification({"points": rows}), *scoreboard.prompt_length({"points": lengths})]
+    assert [v.holds for v in found] == [None] * 4
+    assert status(found) == "undecided"
+    assert str(found[0]).startswith("undecided: ")
+    assert "fails at the task" in found[0].numbers
+    assert status([*found, *scoreboard.sizes("state")]) == "holds in 2 of 6, 4 open"
+
+
+def test_nothing_is_decided_within_noise():
+    points = table(36.0)["points"] | {"t/5%/LESS (5%)": texts(20.0, 50.0, fraction=0.05)}  # 35 against 32 on average
+    found = list(scoreboard.summarization({"points": points}))
+    points |= {f"t/300/{m}": texts(*x) for m, x in (("Full", [40.0] * 6), ("LESS (5%)", [1.0, 9.0, 2.0, 8.0, 0.0, 7.0]), ("Baseline+", [0.0] * 6))}
+    found += scoreboard.prompt_length({"points": {name: point for name, point in points.items() if "300" in name}})
+    rows = {"q/Full": right(90), "q/Baseline+": right(60), "q/LESS (5%)": right(61)}
+    found += scoreboard.classification({"points": rows})
+    assert [v.holds for v in found] == [None] * 3
+    assert all("fails" not in v.numbers for v in found)
 
 
 def test_nearest_neighbour_regression():

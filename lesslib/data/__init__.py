@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -146,6 +147,18 @@ def missing(name: str) -> str | None:
     return file_missing(f"corpus {name!r}", file) if (file := SOURCES[name][0]) else None
 
 
+def read(what: str, file: str, rows: Callable[[Path], Iterable[Any]], hub: Callable[[], Iterable[Any]]) -> list[Any]:
+    """The `rows` of `file` in $LESS_DATA, else what the `hub` has. ValueError for a damaged file, FileNotFoundError where the hub fails."""
+    folder = os.environ.get("LESS_DATA")
+    path = Path(folder or "") / file
+    try:
+        return list(rows(path) if folder else hub())
+    except Exception as e:  # of gzip, zlib, UTF-8, JSON or a row that lacks a field; or of the hub's clients
+        if folder:
+            raise ValueError(f"{what}: {path} is damaged ({e!r}); copy it again, or unset LESS_DATA to use the hub") from e
+        raise FileNotFoundError(f"{what}: the hub failed ({e!r}); set LESS_DATA to a folder with {file}") from e
+
+
 def load_corpus(name: str) -> Corpus:
     """Corpus `name`. ValueError for an unknown name or a damaged or empty file, FileNotFoundError where the text is not to be had."""
     if why := missing(name):
@@ -153,15 +166,9 @@ def load_corpus(name: str) -> Corpus:
     (file, stand_in), folder = SOURCES[name], os.environ.get("LESS_DATA")
     if not file:
         return Corpus(name, "carried", tuple(stand_in()))
-    path = Path(folder or "") / file
-    try:
-        found = tuple(d for d in (_rows(path) if folder else stand_in()) if d.text.strip())
-    except Exception as e:  # of gzip, zlib, UTF-8 or JSON; or of the hub's clients
-        if folder:
-            raise ValueError(f"corpus {name!r}: {path} is damaged ({e}); copy it again, or unset LESS_DATA to use the hub") from e
-        raise FileNotFoundError(f"corpus {name!r}: the hub failed ({e!r}); set LESS_DATA to a folder with {file}") from e
+    found = tuple(d for d in read(f"corpus {name!r}", file, _rows, stand_in) if d.text.strip())
     if not found:
-        raise ValueError(f"corpus {name!r}: {path if folder else 'the hub'} holds no text; put a whole copy there")
+        raise ValueError(f"corpus {name!r}: {Path(folder) / file if folder else 'the hub'} holds no text; put a whole copy there")
     return Corpus(name, "folder" if folder else "hub", found)
 
 

@@ -4,23 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from . import file_missing, storyworld
+from . import file_missing, read, storyworld
 from .storyworld import Example
 
 SHOT_SEED = 1_000_003  # of the stories that are shown as shots
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Rows of a file of $LESS_DATA or of the hub, made to examples."""
-
-    file: str
-    hub: tuple[str, str | None, str]  # repository, subset, split
-    example: Callable[[dict], Example]
 
 
 def _summarise(sentences: str) -> Callable[[dict], Example]:
@@ -40,12 +31,13 @@ def _mutual(row: dict) -> Example:
     return Example("reply", row["article"], "", tuple(row["options"]), "ABCD".index(row["answers"]))
 
 
-DATASETS = {
-    "boolq": Dataset("boolq.jsonl.gz", ("google/boolq", None, "validation"), _boolq),
-    "mutual": Dataset("mutual.jsonl.gz", ("tasksource/mutual", None, "validation"), _mutual),
-    "cnn_dailymail": Dataset("cnn_dailymail.jsonl.gz", ("abisee/cnn_dailymail", "3.0.0", "test"), _summarise("3 sentences")),
-    "xsum": Dataset("xsum.jsonl.gz", ("EdinburghNLP/xsum", None, "test"), _summarise("1 sentence")),
-    "multi_news": Dataset("multi_news.jsonl.gz", ("Awesome075/multi_news_parquet", None, "test"), _summarise("10 sentences")),
+# by name: a file of $LESS_DATA; repository, subset and split of the hub; and what makes an example of a row of either
+DATASETS: dict[str, tuple[str, tuple[str, str | None, str], Callable[[dict], Example]]] = {
+    "boolq": ("boolq.jsonl.gz", ("google/boolq", None, "validation"), _boolq),
+    "mutual": ("mutual.jsonl.gz", ("tasksource/mutual", None, "validation"), _mutual),
+    "cnn_dailymail": ("cnn_dailymail.jsonl.gz", ("abisee/cnn_dailymail", "3.0.0", "test"), _summarise("3 sentences")),
+    "xsum": ("xsum.jsonl.gz", ("EdinburghNLP/xsum", None, "test"), _summarise("1 sentence")),
+    "multi_news": ("multi_news.jsonl.gz", ("Awesome075/multi_news_parquet", None, "test"), _summarise("10 sentences")),
 }
 
 
@@ -55,18 +47,7 @@ def missing(name: str) -> str | None:
         return None
     if name not in DATASETS:
         return f"unknown task {name!r}: choose from {', '.join((*storyworld.KINDS, *DATASETS))}"
-    return file_missing(f"task {name!r}", DATASETS[name].file)
-
-
-def _rows(name: str, count: int) -> Iterable[dict]:
-    dataset, folder = DATASETS[name], os.environ.get("LESS_DATA")
-    if folder:
-        with gzip.open(Path(folder) / dataset.file, "rt", encoding="utf-8") as f:
-            return [json.loads(line) for line in islice(f, count)]
-    from datasets import load_dataset
-
-    repo, subset, split = dataset.hub
-    return list(islice(load_dataset(repo, subset, split=split, streaming=True), count))
+    return file_missing(f"task {name!r}", DATASETS[name][0])
 
 
 def load_task(name: str, count: int, shots: int = 0, seed: int = 0, length: int = 450) -> tuple[list[Example], list[Example]]:
@@ -80,13 +61,18 @@ def load_task(name: str, count: int, shots: int = 0, seed: int = 0, length: int 
     if name in storyworld.KINDS:
         shown = storyworld.examples(name, shots, SHOT_SEED + seed, heldout=False, small=True)
         return storyworld.examples(name, count, seed, length), shown
-    try:
-        found = [DATASETS[name].example(row) for row in _rows(name, count + shots)]
-    except Exception as e:  # of gzip, zlib, UTF-8, JSON or a row that lacks a field; or of the hub's clients
-        if folder := os.environ.get("LESS_DATA"):
-            file = Path(folder) / DATASETS[name].file
-            raise ValueError(f"task {name!r}: {file} is damaged ({e!r}); copy it again, or unset LESS_DATA to use the hub") from e
-        raise FileNotFoundError(f"task {name!r}: the hub failed ({e!r}); set LESS_DATA to a folder with {DATASETS[name].file}") from e
+    file, (repo, subset, split), example = DATASETS[name]
+
+    def rows(path: Path) -> list[Example]:
+        with gzip.open(path, "rt", encoding="utf-8") as f:
+            return [example(json.loads(line)) for line in islice(f, count + shots)]
+
+    def hub() -> Iterable[Example]:
+        from datasets import load_dataset
+
+        return map(example, islice(load_dataset(repo, subset, split=split, streaming=True), count + shots))
+
+    found = read(f"task {name!r}", file, rows, hub)
     if len(found) <= shots:
         raise ValueError(f"task {name!r} has {len(found)} rows, no more than the {shots} shots: use a whole copy of it, or fewer shots")
     return [replace(e, text=" ".join(e.text.split(" ")[:length])) for e in found[shots:]], found[:shots]
