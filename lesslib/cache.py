@@ -209,16 +209,16 @@ class LessLayer(CacheLayerMixin):
         columns, outputs = torch.zeros(B, Hkv, q.shape[1] // Hkv, old + S, dtype=wide, device=k.device), []
         for a in range(start, S, BLOCK):
             b = min(a + BLOCK, S)
-            logits = q[:, :, a:b].unflatten(1, (Hkv, -1)).to(wide) @ k[:, :, : old + b].to(wide).mT[:, :, None] * scaling
+            logits = (q[:, :, a:b].to(wide) * scaling).unflatten(1, (Hkv, -1)) @ k[:, :, : old + b].to(wide).mT[:, :, None]
             j, t = torch.arange(-old, b, device=k.device), torch.arange(a, b, device=k.device)[:, None]
             seen = ((j <= t) & (position[:, :, None, : old + b] >= 0)) | (j == t)  # [B, Hkv, b - a, old + b]
-            logits = logits.masked_fill(~seen[:, :, None], -math.inf)
-            total = logits.logsumexp(-1)
-            probabilities = (logits - total[..., None]).exp()
+            logits.masked_fill_(~seen[:, :, None], -math.inf)
+            probabilities = logits.softmax(-1)
             if old:
-                outputs.append(self._recover(q[:, :, a:b], probabilities @ v[:, :, None, : old + b].to(wide), total))
-            probabilities = probabilities * real[:, None, None, a:b, None]
-            columns[..., : old + b] += probabilities.sum(3) if policy.sums_queries else probabilities[..., -1, :] * (b == S)
+                sparse = probabilities @ v[:, :, None, : old + b].to(wide)
+                outputs.append(self._recover(q[:, :, a:b], sparse, logits.logsumexp(-1)))
+            asked = (real[:, a:b] & (policy.sums_queries | (t[:, 0] == S - 1)))[:, None, None, None].to(wide)
+            columns[..., : old + b] += (asked @ probabilities)[..., 0, :]  # summed over the queries that count
         out = torch.cat(outputs, 2) if old else dense_attention(q, k, v, real, scaling)
         score = policy.observe(score, columns) if policy.needs_probabilities else score
         self.count.add_(real.sum(1, dtype=torch.int32))
