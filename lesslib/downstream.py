@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +23,7 @@ from .policies import simulate
 from .profiles import get_profile, get_tasks, roles
 
 MAP_TOKENS, MAP_SIZE, MAP_WINDOWS = 192, 64, 6  # of an attention map: tokens, its pixels, windows that distances are averaged over
-SIZES = (2, 4, 8, 16, 32)  # R of notebook 08
+SIZES, PAPER_SIZES = (2, 4, 8, 16, 32), (8, 32, 128, 512)  # R of notebook 08; of Figure 7
 task_of = functools.lru_cache(maxsize=8)(load_task)
 
 
@@ -39,7 +39,8 @@ def classify(
     with less(model, *setting(profile, seed, method, name=name, **case), mode="parallel"):
         scores = option_scores(model, tokenizer, asked, options, p.batch)
     right = [int(np.argmax(s) == e.right) for s, e in zip(scores, examples, strict=True)]
-    return {"accuracy": sum(right) / len(right), "right": right, "options": len(options[0])}
+    majority = max(Counter(e.right for e in examples).values()) / len(examples)  # what naming the commonest answer would score
+    return {"accuracy": sum(right) / len(right), "right": right, "options": len(options[0]), "majority": majority}
 
 
 def classification(profile: str, seed: int = 0) -> dict:
@@ -169,8 +170,8 @@ def attention_maps(profile: str, seed: int = 0) -> dict:
 def kernel_size(profile: str, seed: int = 0) -> dict:
     """Figure 7: perplexity against R, beside the policy with R/2 more tokens, which hold as many bytes; H2O at 2% and 5%."""
     p = get_profile(profile)
-    corpus, points = p.evaluation[0], dict[str, dict]()
-    for f, R in itertools.product((0.05,) if p.quick else (0.02, 0.05), (p.kernel_size,) if p.quick else SIZES):
+    corpus, points, sizes = p.evaluation[0], dict[str, dict](), PAPER_SIZES if profile == "paper" else SIZES
+    for f, R in itertools.product((0.05,) if p.quick else (0.02, 0.05), (p.kernel_size,) if p.quick else sizes):
         points |= {f"{f:.0%}/{R}/{m}": {"fraction": f, "kernel_size": R, "method": m} for m in ("Baseline+", f"LESS ({f:.0%})")}
     return record("kernel_size", profile, seed, points, functools.partial(score, profile, seed, corpus), corpus, *p.training)
 

@@ -88,7 +88,7 @@ def training_curves(record: dict) -> Figure:
             panel.axhline(layer["baseline_plus"], color=line.get_color(), ls=":", lw=1)
         panel.set(xlabel="epoch", title=name, ylim=(0, 1.05))
     panels[0].set_ylabel("validation error / sparse error")
-    panels[0].legend(title="dotted: Baseline+", fontsize=7, title_fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), title="dotted: Baseline+", fontsize=8, loc="outside right center")
     return figure
 
 
@@ -104,16 +104,6 @@ def training_speed(record: dict) -> Figure:
     return figure
 
 
-def perplexity_by_budget(record: dict, corpora: list[str], fractions: list[float]) -> Figure:
-    panels, x = {}, [100 * f for f in fractions]
-    for corpus in corpora:
-        full = record["points"][f"{corpus}/Full"]["token_ppl"]
-        panels[corpus] = {"Full": (x, [full for _ in x])}
-        for method in cells(record, f"{corpus}/{fractions[0]:.0%}"):
-            panels[corpus][method] = (x, [record["points"][f"{corpus}/{f:.0%}/{method}"]["token_ppl"] for f in fractions])
-    return curves(panels, "H2O budget, % of the context", "token perplexity")
-
-
 def by_position(full: dict, rows: dict[str, dict], title: str) -> Figure:
     """What each method loses against the full cache along the context: the one picture of the effect."""
     centres = [POSITION_BIN * (i + 0.5) for i in range(len(full["by_position"]))]
@@ -121,8 +111,8 @@ def by_position(full: dict, rows: dict[str, dict], title: str) -> Figure:
     return curves({title: panel}, "position in the context", "nats a token above the full cache", width=6)
 
 
-def bars(groups: dict[str, dict[str, Any]], ylabel: str, title: str, line: float | None = None) -> Figure:
-    """By group and method, bars of (value, low, high)."""
+def bars(groups: dict[str, dict[str, Any]], ylabel: str, title: str, lines: dict[str, float]) -> Figure:
+    """By group and method, bars of (value, low, high), and each group's dotted line."""
     figure, (panel,) = axes(1, width=3.6 + 1.2 * len(groups))
     methods = list(next(iter(groups.values())))
     for i, row in enumerate(groups.values()):
@@ -131,8 +121,8 @@ def bars(groups: dict[str, dict[str, Any]], ylabel: str, title: str, line: float
             x = i + width * (j + 0.5) - 0.4
             panel.bar(x, value, 0.875 * width, color=colour(method, methods), label=method if i == 0 else None)
             panel.errorbar(x, value, [[value - low], [high - value]], color="black", lw=0.8, capsize=2)
-    if line is not None:
-        panel.axhline(line, color="black", lw=0.8, ls=":")
+    for i, label in enumerate(groups):
+        panel.hlines(lines[label], i - 0.45, i + 0.45, color="black", lw=0.8, ls=":")
     panel.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel=ylabel, title=title)
     figure.legend(fontsize=8, loc="outside right center")
     return figure
@@ -142,16 +132,16 @@ def gaps(groups: dict[str, tuple[dict, dict[str, dict]]], title: str) -> Figure:
     """Share of the gap each method closes; `groups` maps a label to (Full, rows by method with Baseline among them)."""
     shares = {label: {m: gap_closed(full, rows["Baseline"], row) for m, row in rows.items() if m != "Baseline"}
               for label, (full, rows) in groups.items()}  # fmt: skip
-    figure = bars(shares, "share of the gap closed", title, 0.5)
+    figure = bars(shares, "share of the gap closed", title, dict.fromkeys(groups, 0.5))
     figure.axes[0].set_ylim(bottom=min(-0.1, max(-0.5, figure.axes[0].get_ylim()[0])))
     return figure
 
 
-def mean_bars(groups: dict[str, dict[str, list[float]]], ylabel: str, title: str) -> Figure:
-    """Bars of the means of scores by example, with two standard errors either way."""
+def mean_bars(groups: dict[str, dict[str, list[float]]], ylabel: str, title: str, chance: dict[str, float]) -> Figure:
+    """Bars of the means of scores by example, with two standard errors either way, and chance as a dotted line."""
     ends = {label: {m: np.mean(x) + 2 * np.std(x) / len(x) ** 0.5 * np.array([0.0, -1.0, 1.0]) for m, x in rows.items()}
             for label, rows in groups.items()}  # fmt: skip
-    return bars(ends, ylabel, title)
+    return bars(ends, ylabel, title, chance)
 
 
 def curves(panels: dict[str, dict[str, tuple[Any, Any]]], xlabel: str, ylabel: str, log2: bool = False, width: float = 4.2) -> Figure:
@@ -175,17 +165,18 @@ def attention_maps(record: dict) -> Figure:
     figure, panels = plt.subplots(len(record["points"]), 3, figsize=(8, 2.8 * len(record["points"])), squeeze=False, layout="constrained")
     for row, (case, point) in zip(panels, record["points"].items(), strict=True):
         for panel, label in zip(row, ("original", "sparse", "LESS"), strict=True):
-            panel.imshow(np.log10(np.array(point["maps"][label]) + 1e-4), cmap="magma", vmin=-4, vmax=-0.5)
-            panel.set(title=f"{case}: {label}", xticks=[], yticks=[])
+            shown = panel.imshow(np.log10(np.array(point["maps"][label]) + 1e-4), cmap="magma", vmin=-4, vmax=-0.5)
+            panel.set(title=f"{case}: {label}", xticks=[], yticks=[], xlabel="key", ylabel="query")
+        figure.colorbar(shown, ax=row, label="log10 of the weight")
     return figure
 
 
 def scoreboard(rows: list[tuple[str, list[str]]], columns: list[str]) -> Figure:
-    """(claim, its status by column), coloured: green holds, yellow in part, red fails, grey decides nothing."""
-    tint = {"holds": "#7fbf7b", "FAILS": "#d6604d", "not measured": "#dddddd", "undecided": "#dddddd"}
+    """(claim, its status by column), coloured: green holds, yellow in part, red fails, blue is undecided."""
+    tint = {"holds": "#7fbf7b", "FAILS": "#d6604d", "not measured": "#dddddd", "undecided": "#c9d7ea"}
     figure, (panel,) = axes(1, width=10.5, height=0.26 * len(rows) + 0.5)
     colours, widths = [["w", *(tint.get(s, "#f1d769") for s in found)] for _, found in rows], [0.53, *[0.47 / len(columns)] * len(columns)]
-    text, labels = [[claim, *found] for claim, found in rows], ["claim of the paper", *columns]
+    text, labels = [[claim, *found] for claim, found in rows], ["claim", *columns]
     cells = panel.table(text, colours, colLabels=labels, colWidths=widths, cellLoc="left", loc="center")
     for cell in cells.get_celld().values():
         cell.PAD = 0.02  # of its width

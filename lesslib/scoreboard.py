@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from . import claims
 from .answers import paired
 from .claims import Verdict, groups
+from .evaluate import gap_closed
 from .paper import PAPER, POLICIES
 from .results import load
 
@@ -29,11 +30,18 @@ def nats_apart(a: dict, b: dict) -> list[float]:
     return [len(a["by_document"]) / a["tokens"] * x for x in paired(*([nll for nll, _ in r["by_document"]] for r in (a, b)))]
 
 
-def ordered(record: dict) -> Iterator[Verdict]:
+def ordered(*records: dict) -> Iterator[Verdict]:
     """Table 2: at every budget, LESS trained at it below Baseline+ below Baseline."""
-    for group, rows in groups(record).items():
+    for group, rows in ((g, r) for record in records for g, r in groups(record).items()):
         ppl = [rows[m]["token_ppl"] for m in (f"LESS ({group.split('/')[1]})", PLUS, "Baseline")]
         yield Verdict(f"{group}: LESS < Baseline+ < Baseline", ppl[0] < ppl[1] < ppl[2], ", ".join(f"{x:.2f}" for x in ppl))
+
+
+def performer(*records: dict) -> Iterator[Verdict]:
+    """Table 2: random features in place of learned ones close none of the gap, by its interval over documents."""
+    for group, rows in ((g, r) for record in records for g, r in groups(record).items()):
+        share, low, high = gap_closed(rows[FULL], rows["Baseline"], rows["Performer"])
+        yield Verdict(f"{group}: Performer closes none of the gap", low <= 0, f"{share:.1%} [{low:.1%}, {high:.1%}]")
 
 
 def language(record: dict, word: str, smallest: bool = False) -> list[Verdict]:
@@ -52,8 +60,8 @@ def policies(record: dict, full: dict) -> list[Verdict]:
 
 def skilled(*full: dict) -> bool:
     """Whether the full cache itself does a task, without which no method can lose anything: the 95% interval of its accuracy lies above
-    chance, or that of its ROUGE-1 above the ROUGE-1 of another text's reference."""
-    pairs = ((x["right"], 1 / x["options"]) if "right" in x else (x["scores"]["rouge1"], x["chance"]["rouge1"]) for x in full)
+    the commonest answer's share, or that of its ROUGE-1 above the ROUGE-1 of another text's reference."""
+    pairs = ((x["right"], x["majority"]) if "right" in x else (x["scores"]["rouge1"], x["chance"]["rouge1"]) for x in full)
     return all(paired(scores, [chance] * len(scores))[1] > 0 for scores, chance in pairs)
 
 
@@ -76,25 +84,24 @@ def classification(record: dict, withheld: bool = True) -> Iterator[Verdict]:
             yield Verdict(f"{task}: without its text accuracy is at chance (within two standard errors)", near, f"{accuracy:.1%} of {n}")
 
 
-def recovered(rows: dict[str, dict], method: str) -> float | None:
-    """The share of the ROUGE-1 that Baseline+ loses to Full which `method` gives back (section 4.2); None where nothing is lost."""
-    full, plus, ours = (rows[m]["rouge1"] for m in (FULL, PLUS, method))
-    return (ours - plus) / (full - plus) if full > plus else None
+def recovered(rows: dict[str, dict], method: str, rival: str = PLUS) -> float | None:
+    """The share of the ROUGE-1 that `rival` loses to Full which `method` gives back (section 4.2); None where nothing is lost."""
+    full, other, ours = (rows[m]["rouge1"] for m in (FULL, rival, method))
+    return (ours - other) / (full - other) if full > other else None
 
 
-def summarization(*records: dict, rival: str = PLUS, least: float | None = None, only: str = "") -> Iterator[Verdict]:
-    """Tables 4 and 5: rows of LESS against `rival`, by text; or whether they give back the share `least` of what Baseline+ loses.
-    `only`: groups that end so."""
-    for group, rows in ((g, r) for record in records for g, r in groups(record).items() if g.endswith(only)):
-        for method in (m for m in rows if m.startswith("LESS")):
-            share, ours = recovered(rows, method), rows[method]["scores"]["rouge1"]
-            back = f"{share or 0:.0%} of the {rows[FULL]['rouge1'] - rows[PLUS]['rouge1']:.1f} that Baseline+ loses"
-            what = f"{rows[method]['parameters']['name']}, {group}: {method} "
-            if least:
-                held = (share or 0) >= least if skilled(rows[FULL]) else None
-                yield Verdict(f"{what}gives back at least {least:.1%} of what Baseline+ loses", held, back)
-            else:
-                yield ahead(f"{what}scores above {rival}", ours, rows[rival]["scores"]["rouge1"], rows[FULL], f"; {back}")
+def summarization(
+    *records: dict, rival: str = PLUS, least: float = 0.0, only: Iterable[str] = ("",), method: str = "LESS"
+) -> Iterator[Verdict]:
+    """Tables 4 and 5: rows of LESS against `rival`, by text; or whether they give back the share `least` of what it loses to Full.
+    `only`: groups that end so; `method`: rows that begin so."""
+    for group, rows in ((g, r) for record in records for g, r in groups(record).items() if g.endswith(tuple(only))):
+        full, other = (np.array(rows[m]["scores"]["rouge1"]) for m in (FULL, rival))
+        for m in (m for m in rows if m.startswith(method)):
+            back = f"; {recovered(rows, m, rival) or 0:.0%} of the {full.mean() - other.mean():.1f} that {rival} loses"
+            does = f"gives back at least {least:.1%} of what {rival} loses" if least else f"scores above {rival}"
+            claim, bar = f"{rows[m]['parameters']['name']}, {group}: {m} {does}", (1 - least) * other + least * full
+            yield ahead(claim, rows[m]["scores"]["rouge1"], bar.tolist(), rows[FULL], back)
 
 
 def attention_maps(record: dict) -> Iterator[Verdict]:
@@ -134,16 +141,17 @@ def neighbours(lengths: np.ndarray, scores: np.ndarray, at: np.ndarray, share: f
 
 
 def prompt_length(record: dict) -> Iterator[Verdict]:
-    """Figure 8: LESS's lead over Baseline+ grows with the prompt: a slope, and its interval by bootstrap over texts."""
+    """Figure 8: LESS's lead grows with the prompt: a slope, and its interval by a bootstrap over texts, each with all of its lengths."""
     rng = np.random.default_rng(0)
-    for task in dict.fromkeys(name.split("/")[0] for name in record["points"]):
-        lengths, ours = by_length(record, task, "LESS (5%)")
-        lead = ours - by_length(record, task, PLUS)[1]
-        draws = (rng.integers(0, len(lead), len(lead)) for _ in range(2000))
-        slope, *slopes = (100 * np.polyfit(lengths[d], lead[d], 1)[0] for d in (np.arange(len(lead)), *draws))
+    for task, rival in product(dict.fromkeys(name.split("/")[0] for name in record["points"]), (PLUS, "Baseline")):
+        cells = [rows for group, rows in groups(record).items() if group.split("/")[0] == task]
+        lengths = np.array([rows[FULL]["prompt_tokens"] for rows in cells])
+        ours, other = (np.array([rows[m]["scores"]["rouge1"] for rows in cells]) for m in ("LESS (5%)", rival))
+        texts = [np.arange(len(ours[0])), *rng.integers(0, len(ours[0]), (2000, len(ours[0])))]
+        slope, *slopes = (100 * np.polyfit(lengths[:, d].ravel(), (ours - other)[:, d].ravel(), 1)[0] for d in texts)
         low, high = np.quantile(slopes, [0.025, 0.975])
-        able = skilled(*(rows[FULL] for group, rows in groups(record).items() if group.split("/")[0] == task))
-        yield Verdict(f"{task}: LESS's lead over Baseline+ grows with the prompt", slope > 0 if able and not low <= 0 <= high else None,
+        holds = slope > 0 if skilled(*(rows[FULL] for rows in cells)) and not low <= 0 <= high else None
+        yield Verdict(f"{task}: LESS's lead over {rival} grows with the prompt", holds,
                       f"{slope:+.2f} points per 100 tokens [{low:+.2f}, {high:+.2f}]")  # fmt: skip
 
 
@@ -177,5 +185,5 @@ def verdicts(claim: dict[str, Any], profile: str) -> list[Verdict]:
 def status(found: list[Verdict]) -> str:
     """The verdicts on one claim in a few words."""
     here = [v.here for v in found] or ["not measured"]
-    undecided = f", {n} open" if (n := here.count("undecided")) else ""
-    return here[0] if len(set(here)) == 1 else f"holds in {here.count('holds')} of {len(here)}{undecided}"
+    counts = {word: here.count(kind) for word, kind in (("hold", "holds"), ("fail", "FAILS"), ("open", "undecided"))}
+    return here[0] if len(set(here)) == 1 else ", ".join(f"{n} {word}" for word, n in counts.items() if n)

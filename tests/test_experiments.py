@@ -177,10 +177,11 @@ def test_every_recorded_result_draws_and_is_complete(profile, monkeypatch, tmp_p
         os.symlink(path, tmp_path / profile / path.name)
     monkeypatch.setattr(experiments, "load_model", lambda *a: pytest.fail("a model was loaded"))
     record = experiments.language_modeling(profile)
-    corpora, fractions = list(experiments.get_profile(profile).evaluation), list(experiments.get_profile(profile).fractions)
-    figure = plots.save(plots.perplexity_by_budget(record, corpora, fractions), profile, "budget")
-    assert len(figure.axes) == len(corpora)
-    assert (tmp_path / profile / "figures" / "budget.png").stat().st_size > 10_000
+    corpora = list(experiments.get_profile(profile).evaluation)
+    groups = {c: (record["points"][f"{c}/Full"], plots.cells(record, f"{c}/5%")) for c in corpora}
+    figure = plots.save(plots.gaps(groups, "gaps"), profile, "gaps")
+    assert len(figure.axes[0].get_xticklabels()) == len(corpora)
+    assert (tmp_path / profile / "figures" / "gaps.png").stat().st_size > 10_000
     plots.save(plots.training_curves(experiments.training_kernels(profile)), profile, "curves")
     plots.save(plots.low_rank_residuals(experiments.low_rank_residuals(profile)), profile, "residuals")
     rows = plots.cells(experiments.tour(profile), f"{corpora[0]}/5%")
