@@ -176,8 +176,7 @@ def scoreboard(rows: list[tuple[str, list[str]]], columns: list[str]) -> Figure:
     tint = {"holds": "#7fbf7b", "FAILS": "#d6604d", "not measured": "#dddddd", "undecided": "#c9d7ea"}
     figure, (panel,) = axes(1, width=10.5, height=0.26 * len(rows) + 0.5)
     colours, widths = [["w", *(tint.get(s, "#f1d769") for s in found)] for _, found in rows], [0.53, *[0.47 / len(columns)] * len(columns)]
-    text, labels = [[claim, *found] for claim, found in rows], ["claim", *columns]
-    cells = panel.table(text, colours, colLabels=labels, colWidths=widths, cellLoc="left", loc="center")
+    cells = panel.table([[claim, *found] for claim, found in rows], colours, "left", widths, colLabels=["claim", *columns], loc="center")
     for cell in cells.get_celld().values():
         cell.PAD = 0.02  # of its width
     cells.auto_set_font_size(False)

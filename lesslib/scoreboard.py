@@ -30,18 +30,17 @@ def nats_apart(a: dict, b: dict) -> list[float]:
     return [len(a["by_document"]) / a["tokens"] * x for x in paired(*([nll for nll, _ in r["by_document"]] for r in (a, b)))]
 
 
-def ordered(*records: dict) -> Iterator[Verdict]:
-    """Table 2: at every budget, LESS trained at it below Baseline+ below Baseline."""
+def ordered(*records: dict, performer: bool = False) -> Iterator[Verdict]:
+    """Table 2, at every budget: LESS trained at it below Baseline+ below Baseline; or `performer`: random features in place of learned ones
+    close none of the gap, by its interval over documents."""
     for group, rows in ((g, r) for record in records for g, r in groups(record).items()):
-        ppl = [rows[m]["token_ppl"] for m in (f"LESS ({group.split('/')[1]})", PLUS, "Baseline")]
-        yield Verdict(f"{group}: LESS < Baseline+ < Baseline", ppl[0] < ppl[1] < ppl[2], ", ".join(f"{x:.2f}" for x in ppl))
-
-
-def performer(*records: dict) -> Iterator[Verdict]:
-    """Table 2: random features in place of learned ones close none of the gap, by its interval over documents."""
-    for group, rows in ((g, r) for record in records for g, r in groups(record).items()):
-        share, low, high = gap_closed(rows[FULL], rows["Baseline"], rows["Performer"])
-        yield Verdict(f"{group}: Performer closes none of the gap", low <= 0, f"{share:.1%} [{low:.1%}, {high:.1%}]")
+        label = f"{rows[PLUS]['parameters'].get('name', '')} {group}".strip()
+        if performer:
+            share, low, high = gap_closed(rows[FULL], rows["Baseline"], rows["Performer"])
+            yield Verdict(f"{label}: Performer closes none of the gap", low <= 0, f"{share:.1%} [{low:.1%}, {high:.1%}]")
+        else:
+            ppl = [rows[m]["token_ppl"] for m in (f"LESS ({group.split('/')[1]})", PLUS, "Baseline")]
+            yield Verdict(f"{label}: LESS < Baseline+ < Baseline", ppl[0] < ppl[1] < ppl[2], ", ".join(f"{x:.2f}" for x in ppl))
 
 
 def language(record: dict, word: str, smallest: bool = False) -> list[Verdict]:

@@ -132,11 +132,12 @@ def test_nothing_is_decided_within_noise():
 
 @pytest.mark.parametrize("gains", [True, False])
 def test_verdicts_on_random_features_and_on_the_order_of_methods(gains):
-    point = lambda nats: {"by_document": [[10 * nats, 10], [11 * nats, 10]], "token_ppl": nats}  # noqa: E731
+    point = lambda nats: {"by_document": [[10 * nats, 10], [11 * nats, 10]], "token_ppl": nats, "parameters": {"name": "m"}}  # noqa: E731
     rows = {"Baseline": 3.0, "Baseline+": 2.9, "Performer": 2.5 if gains else 3.1, "LESS (5%)": 2.0 if gains else 2.95}
     points = {"c/Full": point(1.0)} | {f"c/5%/{m}": point(x) for m, x in rows.items()}
-    assert [v.holds for v in scoreboard.performer({"points": points}, {"points": points})] == [not gains] * 2
+    assert [v.holds for v in scoreboard.ordered({"points": points}, {"points": points}, performer=True)] == [not gains] * 2
     assert [v.holds for v in scoreboard.ordered({"points": points}, {"points": points})] == [gains] * 2
+    assert next(scoreboard.ordered({"points": points})).claim == "m c/5%: LESS < Baseline+ < Baseline"
 
 
 def test_nearest_neighbour_regression():
