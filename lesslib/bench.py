@@ -183,14 +183,15 @@ def decode_times(
     return {key: values[len(values) // 2 :] for key, values in times.items()}
 
 
-def print_decode(name: str, policy: H2O, hidden: int, batch: int, contexts: list[int], steps: int, compiled: bool, methods=METHODS) -> None:
-    """A table of medians, each with its ratio to the full cache at that context, and the two ratios that matter."""
-    model = random_model(name)
-    kernels = Kernels.new(model_shape(model), 8, hidden)
+def print_decode(a: argparse.Namespace, name: str, hidden: int, batch: int, compiled: bool) -> None:
+    """A table of medians, each with its ratio to the full cache at that context, and the two ratios that matter; see `main` for `a`."""
+    model, policy = random_model(name), H2O.from_budget(a.budget)
+    kernels = Kernels.new(model_shape(model), 8, hidden).to(getattr(torch, a.kernel_dtype))
+    contexts, methods = (a.contexts[:1], METHODS[1:]) if compiled else (a.contexts, METHODS)
     torch._dynamo.reset()
-    times = decode_times(model, policy, kernels, batch, contexts, steps, compiled, methods)
+    times = decode_times(model, policy, kernels, batch, contexts, a.steps, compiled, methods)
     median = {key: statistics.median(values) for key, values in times.items()}
-    how = f"{name}, batch {batch}, budget {policy.budget}, kernels {hidden} wide, {'compiled' if compiled else 'eager'}"
+    how = f"{name}, batch {batch}, budget {policy.budget}, kernels {hidden} wide in {a.kernel_dtype}, {'compiled' if compiled else 'eager'}"
     print(f"\n{how}: ms per step" + " (times full)" * ("Full" in methods))
     print(f"{'context':>10}" + "".join(f"{n:>18,}" for n in contexts) + f"{'longest/shortest':>18}")
     for m in methods:
@@ -217,8 +218,7 @@ def print_memory(policy: H2O, hidden: int, at: list[int]) -> None:
     with less(model):
         model.generate(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache, max_new_tokens=max(at), do_sample=False,
                        stopping_criteria=[note], eos_token_id=None, pad_token_id=0)  # fmt: skip
-    formula = cache_bytes(model_shape(model), policy, 8, 1, torch.float32)
-    report = cache.report()
+    formula, report = cache_bytes(model_shape(model), policy, 8, 1, torch.float32), cache.report()
     print(f"\npico, batch 1, budget {policy.budget}: the formula says {formula:,} bytes; the kernels' weights are {report['kernels']:,}")
     print(f"{'tokens':>10}{'LESS bytes':>14}{'full bytes':>14}{'peak MiB':>12}")
     for n, held, peak in rows:
@@ -240,6 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     d.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384], help="tokens seen before")
     d.add_argument("--budget", type=int, default=204, help="H2O's slots: 204 is 5%% of Llama 2's context")
     d.add_argument("--hidden", type=int, nargs="+", default=[128, 512], help="widths of the kernels' hidden layer")
+    d.add_argument("--kernel-dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the kernels' weights")
     d.add_argument("--steps", type=int, default=24, help="decode steps timed for each entry, after as many that warm up")
     d.add_argument("--compiled", nargs="*", choices=MODELS, default=["12x768"], help="models that torch.compile is timed on, without Full")
     d.add_argument("--generate", type=int, nargs="*", default=[64, 1024, 16384], help="tokens after which bytes and peak memory are read")
@@ -248,14 +249,12 @@ def main(argv: list[str] | None = None) -> None:
         print_training(a.lengths, a.sequences, a.fraction, a.hidden, a.dropout)
         return
     keep_memory()
-    policy = H2O.from_budget(a.budget)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     if a.generate:
-        print_memory(policy, a.hidden[0], a.generate)
+        print_memory(H2O.from_budget(a.budget), a.hidden[0], a.generate)
     for name, hidden, batch in itertools.product(a.models, a.hidden, a.batches):
-        print_decode(name, policy, hidden, batch, a.contexts, a.steps, compiled=False)
-        if name in a.compiled:
-            print_decode(name, policy, hidden, batch, a.contexts[:1], a.steps, compiled=True, methods=METHODS[1:])
+        for compiled in (False, True)[: 1 + (name in a.compiled)]:
+            print_decode(a, name, hidden, batch, compiled)
 
 
 def print_training(lengths: list[int], sequences: int, fraction: float, hidden: int, dropout: float) -> None:

@@ -453,6 +453,18 @@ def test_half_precision_keeps_scores_and_state_wide(dtype, models, ids):
     assert (out.double() - wide).abs().median() < allowed * wide.abs().median()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernels_of_half_precision_serve_a_wider_model(dtype, models, ids):
+    model = models("llama-grouped")
+    sizes = [12] + [1] * (S - 12)
+    wide, none = (run(model, LessCache(model, POLICIES[0], k), ids, sizes) for k in (kernels_of(model), None))
+    cache = LessCache(model, POLICIES[0], kernels_of(model).to(dtype))
+    out = run(model, cache, ids, sizes)
+    assert out.dtype == cache.layers[0].H.dtype == wide.dtype
+    allowed = {torch.float16: 0.01, torch.bfloat16: 0.05}[dtype]  # of what the state adds
+    assert (out - wide)[:, 12:].abs().mean() < allowed * (wide - none)[:, 12:].abs().mean()
+
+
 # ---------------------------------------------------------------- bytes
 @pytest.mark.parametrize("name", ["llama", "llama-grouped", "falcon-7b"])
 def test_bytes_equal_the_formula_and_do_not_grow(name, models, ids):
