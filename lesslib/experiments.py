@@ -98,9 +98,9 @@ def setting(
         folder, percent = kernels_dir(profile, p.kernel_size), float(method[6:-2]) / 100
         if not (carried or folder.is_relative_to(ASSETS)):
             path = kernel_path(p.model, policy, percent, folder, seed)
-            made = Kernels.load(path).header if path.is_file() else {"data": []}
-            same = made.get("sequences") == p.sequences and [d["sha256"] for d in made["data"]] == [sha256_of(c) for c in p.training]
-            if not same or made["recipe"] != asdict(Recipe.of(p, seed)):
+            made = Kernels.load(path).header if path.is_file() else {}
+            same = made.get("sequences") == p.sequences and made.get("recipe") == asdict(Recipe.of(p, seed))
+            if not same or [d["sha256"] for d in made.get("data", [])] != [sha256_of(c) for c in p.training]:
                 fit(profile, seed, policy, percent, name, p.kernel_size)
         kernels = load_kernels(p.model, policy, percent, *(() if carried else (folder, 0 if p.quick else seed)))
     return chosen, kernels

@@ -66,9 +66,9 @@ def skilled(*full: dict) -> bool:
 
 def ahead(claim: str, a: list[float], b: list[float], full: dict, more: str = "") -> Verdict:
     """`claim` that a is above b on average, decided where the difference is beyond noise and the `full` cache does the task."""
-    _, low, high = paired(a, b)
-    numbers = difference(a, b) + more + ("" if skilled(full) else "; the full cache fails at the task")
-    return Verdict(claim, low > 0 if skilled(full) and not low <= 0 <= high else None, numbers)
+    (_, low, high), able = paired(a, b), skilled(full)
+    numbers = difference(a, b) + more + ("" if able else "; the full cache fails at the task")
+    return Verdict(claim, low > 0 if able and not low <= 0 <= high else None, numbers)
 
 
 def classification(record: dict, withheld: bool = True) -> Iterator[Verdict]:
@@ -90,11 +90,12 @@ def recovered(rows: dict[str, dict], method: str, rival: str = PLUS) -> float | 
 
 
 def summarization(
-    *records: dict, rival: str = PLUS, least: float = 0.0, only: Iterable[str] = ("",), method: str = "LESS"
+    *records: dict, rival: str = PLUS, least: float = 0.0, only: str | Iterable[str] = "", method: str = "LESS"
 ) -> Iterator[Verdict]:
     """Tables 4 and 5: rows of LESS against `rival`, by text; or whether they give back the share `least` of what it loses to Full.
-    `only`: groups that end so; `method`: rows that begin so."""
-    for group, rows in ((g, r) for record in records for g, r in groups(record).items() if g.endswith(tuple(only))):
+    `only`: groups that end so, or in one of these ways; `method`: rows that begin so."""
+    ends = only if isinstance(only, str) else tuple(only)
+    for group, rows in ((g, r) for record in records for g, r in groups(record).items() if g.endswith(ends)):
         full, other = (np.array(rows[m]["scores"]["rouge1"]) for m in (FULL, rival))
         for m in (m for m in rows if m.startswith(method)):
             back = f"; {recovered(rows, m, rival) or 0:.0%} of the {full.mean() - other.mean():.1f} that {rival} loses"

@@ -129,6 +129,10 @@ def test_kernels_are_trained_when_a_method_needs_them(monkeypatch):
     monkeypatch.setattr(experiments, "sha256_of", lambda corpus: f"of another {corpus}")
     experiments.setting("tiny", 0, "LESS (5%)", fraction=0.05)  # of this recipe, and of other texts
     assert trained[3:] == [("tiny", 0, "h2o", 0.05, None, 8)]
+    del made.header["data"], made.header["sequences"]
+    made.save(kernel_path("pico-llama", "h2o", 0.05, results_dir("tiny") / "kernels"))
+    experiments.setting("tiny", 0, "LESS (5%)", fraction=0.05)  # that do not say of what texts they are
+    assert len(trained) == 5
 
 
 def test_models_of_stories_train_their_kernels_on_stories():

@@ -40,7 +40,8 @@ def test_nats_apart_are_a_token_and_paired_by_document():
 def test_rouge_verdicts_hold_and_fail(less, holds):
     assert [v.holds for v in scoreboard.summarization(table(less), table(less))] == [holds] * 2
     assert [v.holds for v in scoreboard.summarization(table(less), least=0.39)] == [holds]
-    assert list(scoreboard.summarization(table(less), only=["/20%"])) == []
+    for only in ("/20%", ["/20%"]):
+        assert list(scoreboard.summarization(table(less), only=only)) == []
     assert [v.holds for v in scoreboard.summarization(table(less), rival="Baseline")] == [True]
     rows = groups(table(less))["t/5%"]
     assert recovered(rows, "LESS (5%)") == pytest.approx((less - 32) / 10)
@@ -97,7 +98,7 @@ def test_an_interval_over_prompts_keeps_the_lengths_of_a_story_together():
     for n, lead in leads.items():
         rows = {"Full": [40.0] * 4, "LESS (5%)": lead, "Baseline": [0.0] * 4, "Baseline+": [0.0] * 4}
         points |= {f"t/{n}/{m}": texts(*x) | {"prompt_tokens": [n] * 4} for m, x in rows.items()}
-    assert scoreboard.prompt_length({"points": points}).__next__().numbers == "+1.00 points per 100 tokens [+1.00, +1.00]"
+    assert next(scoreboard.prompt_length({"points": points})).numbers == "+1.00 points per 100 tokens [+1.00, +1.00]"
 
 
 def test_nothing_is_decided_where_the_full_cache_fails_at_the_task():
