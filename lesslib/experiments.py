@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 from collections import defaultdict
@@ -57,7 +58,14 @@ def record(
         read = [load_corpus(source).record() if isinstance(source, str) else source() for source in data_sources]
         return read + [{"name": name, "sha256": sha256} for name, sha256 in own.items()]
 
-    return sweep(name, profile, seed, points, compute, data, VERSION)
+    def share(case: dict) -> bool:  # points that only score; the kernels they need are trained before, here
+        if torch.cuda.is_available() or not {"method", "rank"} & case.keys():
+            return False
+        if "method" in case:
+            setting(profile, case.get("s", seed), **{k: case[k] for k in case.keys() & inspect.signature(setting).parameters.keys()})
+        return True
+
+    return sweep(name, profile, seed, points, compute, data, VERSION, share)
 
 
 def kernels_dir(profile: str, kernel_size: int) -> Path:

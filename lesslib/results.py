@@ -1,18 +1,22 @@
 """Recorded results: one JSON file per experiment, one entry per point, resumable and never half written; and progress."""
 import contextlib
+import ctypes
 import errno
 import hashlib
 import importlib.metadata
 import io
 import json
+import multiprocessing
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -137,14 +141,18 @@ def cache_key(parameters: dict, seed: int, data: list[dict], version: int) -> st
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
+PROCESSES = 4  # that share points, at the most: each holds a model and a batch of its own
+
+
 def sweep(
-    name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict],
-    data: Callable[[], list[dict]], version: int = 1,
+    name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict], data: Callable[[], list[dict]],
+    version: int = 1, share: Callable[[dict], bool] = lambda parameters: False,
 ) -> dict:  # fmt: skip
     """Compute the `points` (name: parameters) of an experiment that are not recorded yet, by `compute(**parameters)`; the whole file.
 
-    Each is on disk before the next begins. `data()` gives records with a sha256 (see `Corpus.record`). With $LESS_LEDGER only points
-    noted there count as recorded; with $LESS_FROM_RESULTS nothing is computed, and a missing point raises FileNotFoundError.
+    Each is on disk as soon as it ends; those that processes may `share` come last. `data()` gives records with a sha256 (see
+    `Corpus.record`). With $LESS_LEDGER only points noted there count as recorded; with $LESS_FROM_RESULTS nothing is computed, and a
+    missing point raises FileNotFoundError.
     """
     path, record = results_dir(profile) / f"{name}.json", load(name, profile) or {"points": {}}
     if os.environ.get("LESS_FROM_RESULTS"):
@@ -156,35 +164,84 @@ def sweep(
     keys = {p: cache_key(parameters, seed, sources, version) for p, parameters in points.items()}
     recorded = {p: record["points"][p] for p in points if record["points"].get(p, {}).get("cache_key") == keys[p]}
     done = {p: entry for p, entry in recorded.items() if not ledger or f"{name}:{p}:{keys[p]}" in here}
-    if todo := [p for p in points if p not in done]:
-        check_writable(path.parent)
-    for point in todo:
+
+    def say(at_once: int) -> None:
         seconds = [e["seconds"] for e in recorded.values()]
-        left = f"about {minutes(sum(seconds) / len(seconds) * (len(points) - len(done)))} left" if seconds else ""
+        left = f"about {minutes(sum(seconds) / len(seconds) * (len(points) - len(done)) / at_once)} left" if seconds else ""
+        _sweep.clear()
         progress(name, len(done), len(points), left)
-        begun = time.time()
         _sweep.update(done=f"{name} {len(done)}/{len(points)}", left=left)
-        try:
-            value = compute(**points[point])
-        finally:
-            _sweep.clear()
-        entry = {"parameters": points[point], "cache_key": keys[point], "seconds": round(time.time() - begun, 2), **value}
-        recorded[point] = done[point] = entry
-        stamp = manifest(profile, seed, sources, sum(e["seconds"] for e in done.values()))
-        write_json(path, {"manifest": stamp, "points": recorded})
-        if ledger:
-            here.append(f"{name}:{point}:{keys[point]}")
-            write_json(ledger, sorted(here))
+
+    if todo := {p: points[p] for p in points if p not in done}:
+        check_writable(path.parent)
+    with contextlib.closing(_computed(todo, compute, share, say)) as computed:
+        for point, seconds, value in computed:
+            recorded[point] = done[point] = {"parameters": points[point], "cache_key": keys[point], "seconds": round(seconds, 2), **value}
+            write_json(path, {"manifest": manifest(profile, seed, sources, sum(e["seconds"] for e in done.values())), "points": recorded})
+            if ledger:
+                here.append(f"{name}:{point}:{keys[point]}")
+                write_json(ledger, sorted(here))
     progress(name, len(points), len(points))
     return load(name, profile) or record
 
 
+def _computed(
+    points: dict[str, dict], compute: Callable[..., dict], share: Callable[[dict], bool], say: Callable[[int], None]
+) -> Generator[tuple[str, float, dict]]:
+    """(point, seconds, value) of `points` as they end: here, those that one may not `share`, and then the others, by forked processes.
+
+    There are as many as torch has threads, which they divide: small operations keep one core busy and a second one waiting. Raises
+    what `compute` raises, and RuntimeError where a process died.
+    """
+    import torch
+
+    shared = [p for p in points if share(points[p])]
+    count = min(PROCESSES, torch.get_num_threads(), len(shared)) if sys.platform == "linux" else 1
+    _job[:] = compute, points
+    try:
+        for point in points if count < 2 else [p for p in points if p not in shared]:
+            say(1)
+            yield point, *_timed(point)
+        if count > 1:
+            say(count)
+            pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _begin, (torch.get_num_threads() // count,))
+            try:
+                futures = {pool.submit(_timed, point): point for point in shared}
+                for future in as_completed(futures):
+                    yield futures[future], *future.result()
+                    say(count)
+            except BrokenExecutor as e:
+                raise RuntimeError("a process that computed a point died; most often memory ran out: set OMP_NUM_THREADS=1") from e
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        _sweep.clear()
+
+
+def _begin(threads: int) -> None:
+    """A process of `_computed` begins: it works with some `threads`, leaves the bar to its parent, and ends with it."""
+    import torch
+
+    torch.set_num_threads(threads)
+    _sweep["silent"] = os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _timed(point: str) -> tuple[float, dict]:
+    (compute, points), begun = _job, time.time()
+    value = compute(**points[point])
+    return time.time() - begun, value
+
+
+_job: list[Any] = []  # compute and points of the sweep under way; forked processes find it
 _sweep: dict[str, str] = {}  # what a loop inside a point says of the sweep under way: the points "done", and the time "left"
 _began: dict[str, float] = {}  # when each loop was first heard of
 
 
 def progress(label: str, done: int, total: int, left: str = "") -> None:
     """Say that a loop has done `done` of `total` steps: to the runner through the file $LESS_PROGRESS, else as a bar."""
+    if "silent" in _sweep:
+        return
     if file := os.environ.get("LESS_PROGRESS"):
         write_json(file, [*filter(None, [_sweep.get("done"), f"{label} {done}/{total}", left or _sweep.get("left")])])
     elif "PYTEST_VERSION" not in os.environ and (sys.stderr.isatty() or "ipykernel" in sys.modules):

@@ -2,13 +2,19 @@
 import errno
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from lesslib import results
-from lesslib.results import cache_key, load, manifest, progress, results_dir, sweep, write_bytes, write_json, write_torch
+from lesslib.results import ROOT, cache_key, load, manifest, progress, results_dir, sweep, write_bytes, write_json, write_torch
 
 DATA = [{"name": "text", "sha256": "ab"}]
 POINTS = {"one": {"x": 1}, "two": {"x": 2}, "three": {"x": 3}}
@@ -62,6 +68,93 @@ def test_an_interrupted_sweep_keeps_what_is_finished_and_resumes():
     assert squares(load("exp", "tiny")) == {"one": 1, "two": 4}
     assert squares(run(second)) == {"one": 1, "two": 4, "three": 9}
     assert second.calls == [3]
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="points are shared on Linux alone")
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def note(x):
+    """x squared, who computed it and with how many threads. 2 and 3 wait for each other."""
+    (results_dir("tiny") / f"{x}.begun").touch()
+    met = x == 1 or wait_until(lambda: all((results_dir("tiny") / f"{other}.begun").exists() for other in (2, 3)))
+    return {"square": x * x, "pid": os.getpid(), "threads": torch.get_num_threads(), "met": met}
+
+
+@linux
+@pytest.mark.usefixtures("two_threads")
+def test_points_that_may_be_shared_are_computed_at_the_same_time_and_the_others_here():
+    points = run(note, share=lambda parameters: parameters["x"] != 1)["points"]
+    assert squares({"points": points}) == {"one": 1, "two": 4, "three": 9}
+    assert points["one"]["pid"] == os.getpid() not in (points["two"]["pid"], points["three"]["pid"])
+    assert points["two"]["pid"] != points["three"]["pid"]
+    assert [points[p]["threads"] for p in ("one", "two", "three")] == [2, 1, 1]
+    assert points["two"]["met"]
+    assert points["three"]["met"]
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("threads", "points"), [(1, POINTS), (2, {"one": {"x": 1}})])
+def test_one_thread_or_one_point_is_not_shared(threads, points):
+    torch.set_num_threads(threads)
+    compute = Compute()
+    run(compute, points=points, share=lambda parameters: True)
+    assert compute.calls == [p["x"] for p in points.values()]  # in this process
+
+
+@linux
+@pytest.mark.usefixtures("two_threads")
+def test_a_shared_point_that_fails_is_raised_and_what_ended_before_is_kept():
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run(Compute(fail=3), share=lambda parameters: parameters["x"] != 1)
+    assert squares(load("exp", "tiny"))["one"] == 1
+    assert "three" not in load("exp", "tiny")["points"]
+    assert squares(run(Compute(), share=lambda parameters: True)) == {"one": 1, "two": 4, "three": 9}
+
+
+@linux
+@pytest.mark.usefixtures("two_threads")
+def test_a_process_that_dies_is_an_error_that_says_what_to_do():
+    with pytest.raises(RuntimeError, match=r"a process that computed a point died.*OMP_NUM_THREADS=1"):
+        run(lambda x: os.kill(os.getpid(), signal.SIGKILL), share=lambda parameters: True)
+
+
+@linux
+@pytest.mark.usefixtures("two_threads")
+def test_processes_that_share_points_end_with_their_parent(home):
+    code = """
+import os, sys, time
+import torch
+from pathlib import Path
+from lesslib.results import sweep
+torch.set_num_threads(2)
+def compute(x):
+    Path(sys.argv[1], f"{x}.pid").write_text(str(os.getpid()))
+    time.sleep(600)
+sweep("exp", "tiny", 0, {"one": {"x": 1}, "two": {"x": 2}}, compute, lambda: [], share=lambda parameters: True)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code, str(home)], cwd=ROOT)
+    try:
+        assert wait_until(lambda: len([p for p in home.glob("*.pid") if p.read_text()]) == 2)
+    finally:
+        parent.kill()
+        parent.wait()
+    pids = [int(p.read_text()) for p in home.glob("*.pid")]
+    assert wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").is_file() and Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids))
+
+
+def wait_until(holds, seconds=60):
+    deadline = time.time() + seconds
+    while not (found := holds()) and time.time() < deadline:
+        time.sleep(0.05)
+    return found
 
 
 def test_every_part_of_a_points_identity_recomputes_it():
