@@ -1,8 +1,9 @@
-"""Benchmarks that print ratios: `python -m lesslib.bench train` and `python -m lesslib.bench decode`, with --help.
+"""Benchmarks that print ratios: `python -m lesslib.bench train`, `decode` and `score`, with --help.
 
 `train`: seconds and memory of an epoch of kernel training. `ours` trains from eviction times, sparse outputs and targets computed once;
 `stepwise`, after the authors' code, rebuilds at every step the dense weights, the mask token by token and the S x S low-rank weights.
 `decode`: milliseconds per step of random models at many contexts, for the full cache and bounded ones; bytes and peak memory.
+`score`: seconds and memory of whole sequences through dense attention, a policy alone, and LESS.
 """
 import argparse
 import contextlib
@@ -25,7 +26,7 @@ from .data import load_corpus, training_windows
 from .hf import attention_modules, less, output_projection
 from .kernels import Kernels, LayerKernels
 from .models import keep_memory, load_model, model_shape
-from .policies import H2O, budget_of
+from .policies import H2O, Full, Policy, budget_of
 from .train import LayerTrainer, Recipe, capture_layers, features, layer_pool
 
 SCHEMES = ("ours", "stepwise", "stepwise, layers in parallel")
@@ -125,10 +126,13 @@ def measure(scheme: str, length: int, sequences: int, fraction: float, **recipe)
         return pool.submit(epoch, scheme, length, sequences, fraction, Recipe(**recipe)).result()
 
 
-MODELS: dict[str, dict[str, Any]] = {  # shapes of random models for `decode`
-    "pico": {"vocab_size": 4096, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
-    "12x768": {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12},
-}
+MODELS: dict[str, dict[str, Any]] = {  # shapes of random models
+    name: {"vocab_size": vocab, "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads}
+    for name, vocab, width, mlp, layers, heads in (
+        ("pico", 4096, 192, 512, 4, 6), ("12x768", 32000, 768, 2048, 12, 12),
+        ("llama-2-7b", 32000, 4096, 11008, 32, 32), ("llama-2-13b", 32000, 5120, 13824, 40, 40),
+    )
+}  # fmt: skip
 METHODS = ("Full", "Baseline", "Baseline+", "LESS")
 FILL = 512  # random tokens that a cache is filled with at once
 RUN = 4  # steps timed in a row, before the next method or context has its turn: a machine's slow moments then meet all alike
@@ -183,15 +187,15 @@ def decode_times(
     return {key: values[len(values) // 2 :] for key, values in times.items()}
 
 
-def print_decode(a: argparse.Namespace, name: str, hidden: int, batch: int, compiled: bool) -> None:
+def print_decode(a: argparse.Namespace, name: str, hidden: int, batch: int, compiled: bool, dtype: str) -> None:
     """A table of medians, each with its ratio to the full cache at that context, and the two ratios that matter; see `main` for `a`."""
     model, policy = random_model(name), H2O.from_budget(a.budget)
-    kernels = Kernels.new(model_shape(model), 8, hidden).to(getattr(torch, a.kernel_dtype))
+    kernels = Kernels.new(model_shape(model), 8, hidden).to(getattr(torch, dtype))
     contexts, methods = (a.contexts[:1], METHODS[1:]) if compiled else (a.contexts, METHODS)
     torch._dynamo.reset()
     times = decode_times(model, policy, kernels, batch, contexts, a.steps, compiled, methods)
     median = {key: statistics.median(values) for key, values in times.items()}
-    how = f"{name}, batch {batch}, budget {policy.budget}, kernels {hidden} wide in {a.kernel_dtype}, {'compiled' if compiled else 'eager'}"
+    how = f"{name}, batch {batch}, budget {policy.budget}, kernels {hidden} wide in {dtype}, {'compiled' if compiled else 'eager'}"
     print(f"\n{how}: ms per step" + " (times full)" * ("Full" in methods))
     print(f"{'context':>10}" + "".join(f"{n:>18,}" for n in contexts) + f"{'longest/shortest':>18}")
     for m in methods:
@@ -201,6 +205,37 @@ def print_decode(a: argparse.Namespace, name: str, hidden: int, batch: int, comp
         print(f"{m:>10}" + "".join(f"{cell:>18}" for cell in cells) + f"{flat:18.2f}")
     over = [median["LESS", n] / median["Baseline+", n] for n in contexts]
     print(f"LESS / Baseline+ per step: {', '.join(f'{x:.3f}' for x in over)}", flush=True)
+
+
+@torch.no_grad()
+def scoring(name: str, length: int, batch: int, method: str, hidden: int, runs: int) -> tuple[float, float | None]:
+    """Seconds of a forward over `batch` whole sequences of `length` random tokens, best of `runs`, H2O at 5%; peak MiB above the start."""
+    keep_memory()
+    model = random_model(name)
+    policy: Policy = Full() if method == "Full" else H2O.from_fraction(0.05, length)
+    kernels = Kernels.new(model_shape(model), 8, hidden) if method == "LESS" else None
+    ids, seconds = torch.randint(0, model.config.vocab_size, (batch, length)), list[float]()
+    with less(model, policy, kernels, mode="parallel"):
+        model(ids[:, :64], use_cache=False)
+        held = peak_memory(reset=True)
+        for _ in range(runs):
+            begun = time.perf_counter()
+            model(ids, use_cache=False, logits_to_keep=1)
+            seconds.append(time.perf_counter() - begun)
+    peak = peak_memory()
+    return min(seconds), None if held is None or peak is None else peak - held
+
+
+def print_scoring(a: argparse.Namespace) -> None:
+    """A table of `scoring`, every case in a fresh process, with its ratio to dense attention; see `main` for `a`."""
+    print(f"{'model':>10} {'tokens':>7} {'method':>9} {'seconds':>9} {'times Full':>11} {'peak MiB':>9}")
+    for name, length in itertools.product(a.models, a.lengths):
+        dense = 0.0
+        for method in ("Full", "Baseline", "LESS"):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                seconds, peak = pool.submit(scoring, name, length, a.batch, method, a.hidden, a.runs).result()
+            dense = dense or seconds
+            print(f"{name:>10} {length:7,} {method:>9} {seconds:9.2f} {seconds / dense:11.2f} {peak or 0:9.0f}", flush=True)
 
 
 def print_memory(policy: H2O, hidden: int, at: list[int]) -> None:
@@ -235,16 +270,26 @@ def main(argv: list[str] | None = None) -> None:
     t.add_argument("--hidden", type=int, default=128, help="width of the kernels' hidden layer")
     t.add_argument("--dropout", type=float, default=0.0, help="on the first pre-activation")
     d = which.add_parser("decode", help="latency and memory of decoding", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    d.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="shapes of random models")
+    d.add_argument("--models", nargs="+", choices=MODELS, default=["pico", "12x768"], help="shapes of random models")
     d.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows decoded together")
     d.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384], help="tokens seen before")
     d.add_argument("--budget", type=int, default=204, help="H2O's slots: 204 is 5%% of Llama 2's context")
     d.add_argument("--hidden", type=int, nargs="+", default=[128, 512], help="widths of the kernels' hidden layer")
-    d.add_argument("--kernel-dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the kernels' weights")
+    d.add_argument("--kernel-dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"],
+                   help="of the kernels' weights; eager steps take the first alone")  # fmt: skip
     d.add_argument("--steps", type=int, default=24, help="decode steps timed for each entry, after as many that warm up")
     d.add_argument("--compiled", nargs="*", choices=MODELS, default=["12x768"], help="models that torch.compile is timed on, without Full")
     d.add_argument("--generate", type=int, nargs="*", default=[64, 1024, 16384], help="tokens after which bytes and peak memory are read")
+    s = which.add_parser("score", help="whole sequences", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    s.add_argument("--models", nargs="+", choices=MODELS, default=["12x768"], help="shapes of random models")
+    s.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="tokens a sequence")
+    s.add_argument("--batch", type=int, default=1, help="sequences at once")
+    s.add_argument("--hidden", type=int, default=128, help="width of the kernels' hidden layer")
+    s.add_argument("--runs", type=int, default=3, help="of which the quickest counts")
     a = p.parse_args(argv)
+    if a.which == "score":
+        print_scoring(a)
+        return
     if a.which == "train":
         print_training(a.lengths, a.sequences, a.fraction, a.hidden, a.dropout)
         return
@@ -253,8 +298,9 @@ def main(argv: list[str] | None = None) -> None:
     if a.generate:
         print_memory(H2O.from_budget(a.budget), a.hidden[0], a.generate)
     for name, hidden, batch in itertools.product(a.models, a.hidden, a.batches):
-        for compiled in (False, True)[: 1 + (name in a.compiled)]:
-            print_decode(a, name, hidden, batch, compiled)
+        print_decode(a, name, hidden, batch, False, a.kernel_dtypes[0])
+        for dtype in a.kernel_dtypes if name in a.compiled else ():
+            print_decode(a, name, hidden, batch, True, dtype)
 
 
 def print_training(lengths: list[int], sequences: int, fraction: float, hidden: int, dropout: float) -> None:

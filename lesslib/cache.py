@@ -183,14 +183,16 @@ class LessLayer(CacheLayerMixin):
         if real is not None:  # a padded token attended itself; now it goes
             probabilities = probabilities * real[:, None, None]
             self.position.scatter_(2, self.free, torch.where(real[:, None], now, -1))
-        self.score.copy_(self.policy.observe(self.score, probabilities))
-
-        self.free.copy_(self.policy.first_out(self.score, self.position, now))
-        left = gather_tokens(self.keys, self.free), gather_tokens(self.values, self.free)
-        self._absorb(*left, self.position.gather(2, self.free) >= 0)
+        self._absorb(*self._evict(probabilities, now))
         self.position.scatter_(2, self.free, -1)
         self.count.add_(1 if real is None else real[:, 0].int())  # last, as `now` is a view of it
         return out
+
+    def _evict(self, probabilities: Tensor, now: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score the slots by what the newest query gave them, and free one: its key, its value, and whether it held a token."""
+        self.score.copy_(self.policy.observe(self.score, probabilities))
+        self.free.copy_(self.policy.first_out(self.score, self.position, now))
+        return gather_tokens(self.keys, self.free), gather_tokens(self.values, self.free), self.position.gather(2, self.free) >= 0
 
     def _block(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, scaling: float) -> Tensor:
         """Several tokens: dense among themselves, then one eviction. Works in blocks of queries, so nothing of size S x S is stored."""

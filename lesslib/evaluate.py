@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .data import Corpus, encode
+from .ranks import gather, place
 
 POSITION_BIN = 64
 RECURRENCE = ("new", "near", "far")  # a token that its window did not hold before, held within the last NEAR tokens, or earlier only
@@ -64,21 +65,25 @@ def recurrence(ids: tuple[int, ...]) -> list[int]:
 
 
 @torch.no_grad()
-def perplexity(model, windows: list[Window], batch: int = 8) -> dict:
+def perplexity(model, windows: list[Window], batch: int = 8, over_ranks: bool = False) -> dict:
     """Score every window with `model`, whatever attention it runs under; shorter ones are padded on the right.
+
+    `over_ranks`: the ranks that torchrun started share the batches, and all return the same; each must come here.
 
     Returns token_ppl and word_ppl (exp of the total loss over tokens or words; None without words), log_ppl (nats a token) with its
     standard error over documents (None for only one), the totals, [nll, tokens] by document and by RECURRENCE, and the mean loss by
     position, in bins of POSITION_BIN. Raises FloatingPointError for a loss that is not finite.
     """
     losses = np.zeros((len(windows), max(len(w.ids) for w in windows) - 1))
-    for rows in np.array_split(np.argsort([-len(w.ids) for w in windows], kind="stable"), range(batch, len(windows), batch)):
+    batches = np.array_split(np.argsort([-len(w.ids) for w in windows], kind="stable"), range(batch, len(windows), batch))
+    for rows in batches[place()[0] :: place()[1]] if over_ranks else batches:
         ids = pad_sequence([torch.tensor(windows[i].ids) for i in rows], batch_first=True).to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)  # on CPU quicker than with classes in the middle
         loss = F.cross_entropy(logits, ids.roll(-1, 1).flatten(), reduction="none").view_as(ids)[:, :-1]
         if not loss.isfinite().all():
             raise FloatingPointError(f"losses are not finite in {model.dtype}: load the model in float32, or check its weights")
         losses[rows, : loss.shape[1]] = loss.double().cpu().numpy()
+    losses = sum(gather(losses)) if over_ranks else losses  # exact: of every loss all but one are zero
     tokens, owner, words = np.array([(len(w.ids) - 1, w.document, w.words) for w in windows]).T
     scored = np.arange(losses.shape[1]) < tokens[:, None]
     losses *= scored

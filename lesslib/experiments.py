@@ -45,14 +45,15 @@ def windows_of(profile: str, corpus: str, name: str | None = None) -> list[Windo
 
 def record(
     name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict], *data_sources: str | Callable[[], dict],
-    models: tuple[str, ...] = (),
+    models: tuple[str, ...] | None = None,
 ) -> dict:  # fmt: skip
     """`results.sweep` of an experiment whose points also depend on corpora (or records of other data), the weights of `models` (the
     profile's unless given) and the profile's settings."""
 
     def data() -> list[dict]:
         settings = json.dumps(asdict(get_profile(profile)), sort_keys=True)
-        loaded = [vars(model_of(model)[0])["less_identity"] for model in dict.fromkeys(models or (get_profile(profile).model,))]
+        names = dict.fromkeys((get_profile(profile).model,) if models is None else models)
+        loaded = [vars(model_of(model)[0])["less_identity"] for model in names]
         own = {f"model {identity['model']}": identity["revision"] for identity in loaded}
         own[f"profile {profile}"] = hashlib.sha256(settings.encode()).hexdigest()
         read = [load_corpus(source).record() if isinstance(source, str) else source() for source in data_sources]

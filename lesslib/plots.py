@@ -14,7 +14,8 @@ from .results import results_dir, write_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {"Full": "#222222", "Baseline": "#c23b22", "Baseline+": "#e39a2d", "Performer": "#8c8c8c"}
+COLOURS = {"Full": "#222222", "Full, dynamic": "#222222", "Full, static": "#777777", "Baseline": "#c23b22", "Baseline+": "#e39a2d",
+           "Performer": "#8c8c8c"}  # fmt: skip
 BLUES = ("#9ecae1", "#3182bd", "#08306b")  # LESS trained at growing budgets
 MARKS = {"Full": "", "Baseline": "o", "Baseline+": "s", "Performer": "x"}
 
@@ -142,6 +143,23 @@ def mean_bars(groups: dict[str, dict[str, list[float]]], ylabel: str, title: str
     ends = {label: {m: np.mean(x) + 2 * np.std(x) / len(x) ** 0.5 * np.array([0.0, -1.0, 1.0]) for m, x in rows.items()}
             for label, rows in groups.items()}  # fmt: skip
     return bars(ends, ylabel, title, chance)
+
+
+def stacked(rows: dict[str, dict[str, float]], xlabel: str, title: str) -> Figure:
+    """A bar by method, of parts in their order, with their sum."""
+    figure, (panel,) = axes(1, width=7, height=0.6 * len(rows) + 1.2)
+    parts = list(dict.fromkeys(part for row in rows.values() for part in row))
+    for i, row in enumerate(rows.values()):
+        left = 0.0
+        for part, value in row.items():
+            tint = f"C{parts.index(part)}"
+            panel.barh(i, value, left=left, color=tint, label=part if part not in panel.get_legend_handles_labels()[1] else None)
+            left += value
+        panel.text(left, i, f" {left:.2f}", va="center")
+    panel.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel=xlabel, title=title)
+    panel.invert_yaxis()
+    figure.legend(fontsize=8, loc="outside right center")
+    return figure
 
 
 def curves(panels: dict[str, dict[str, tuple[Any, Any]]], xlabel: str, ylabel: str, log2: bool = False, width: float = 4.2) -> Figure:

@@ -76,7 +76,7 @@ class Record:
         for notebook in notebooks:
             self.stamps.pop(notebook.name, None)
         write_json(self.home / ".run.json", self.stamps)
-        calls = re.compile(r"(?:experiments|downstream)\.(\w+)\(")
+        calls = re.compile(r"(?:experiments|downstream|serving)\.(\w+)\(")
         experiments = tuple(e for n in notebooks for source, _ in n.cells for e in calls.findall(source))
         if points := read_ledger(ledger := self.home / ".ledger.json"):
             write_json(ledger, [point for point in points if not point.startswith(experiments)])  # "summarization" has a record by model
@@ -111,8 +111,13 @@ def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: b
     from .data import hub_reachable, missing, tasks
     from .models import folder_of
 
-    yield from filter(None, map(missing, dict.fromkeys(profile.evaluation + profile.training)))
+    gpu = torch.cuda.get_device_properties(0).total_memory / 2**30 if profile.gpu_gib and torch.cuda.is_available() else 0.0
+    if gpu < profile.gpu_gib:
+        yield f"profile {profile.name} needs a GPU of {profile.gpu_gib:g} GiB, here: {gpu:.0f}; use --profile wild or tiny"
     code = "".join(source for n in todo for source, _ in n.cells)
+    if "experiments." not in code and "downstream." not in code:
+        return  # random weights, random tokens
+    yield from filter(None, map(missing, dict.fromkeys(profile.evaluation + profile.training)))
     if "downstream." in code:
         t = get_tasks(profile.name)
         yield from filter(None, map(tasks.missing, [x[0] for x in t.classification] + [x[0] for x in t.summaries]))
@@ -128,9 +133,6 @@ def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: b
                 yield f"model {model!r}: not on this machine, and no hub; connect, or set LESS_MODELS to a folder that holds it"
         except Exception as e:  # of the hub's client: gated, not found, no token
             yield f"model {model!r}: {str(e).strip().splitlines()[0]}; accept its licence on the hub and log in with `hf auth login`"
-    gpu = torch.cuda.get_device_properties(0).total_memory / 2**30 if profile.gpu_gib and torch.cuda.is_available() else 0.0
-    if gpu < profile.gpu_gib:
-        yield f"profile {profile.name} needs a GPU of {profile.gpu_gib:g} GiB, here: {gpu:.0f}; use --profile wild or tiny"
 
 
 @contextlib.contextmanager

@@ -155,6 +155,39 @@ def prompt_length(record: dict) -> Iterator[Verdict]:
                       f"{slope:+.2f} points per 100 tokens [{low:+.2f}, {high:+.2f}]")  # fmt: skip
 
 
+def times_faster(row: dict[str, Any], method: str, what: str = "seconds") -> tuple[float, float, float]:
+    """How many times faster `method` is than the quicker full cache of a load: by medians, then its slowest run against that one's
+    quickest and the other way round. `what`: "seconds" of one batch, or "tokens_per_s" of all rows."""
+    runs = {m: np.add(x["prompt_s"], x["decode_s"]) for m, x in row.items() if "seconds" in x}
+    work = {m: row[m]["rows"] if what == "tokens_per_s" else 1 for m in runs}
+    full = min((m for m in runs if m.startswith(FULL)), key=lambda m: np.median(runs[m]) / work[m])
+    share = work[method] / work[full]
+    pairs = [(f(runs[full]), g(runs[method])) for f, g in ((np.median, np.median), (min, max), (max, min))]
+    middle, low, high = (float(share * a / b) for a, b in pairs)
+    return middle, low, high
+
+
+def latency(record: dict, what: str = "seconds") -> Iterator[Verdict]:
+    """Table 6: LESS against the quicker of the full caches, decided where the slowest of one's runs still beats the other's quickest. Both
+    with as many rows ("seconds"), or each with as many as fit into the same memory ("tokens_per_s")."""
+    throughput = what == "tokens_per_s"
+    for name, point in record["points"].items():
+        rows = {m: x for m, x in point["methods"].items() if "seconds" in x}  # others ran out of memory
+        full = [x["rows"] for m, x in rows.items() if m.startswith(FULL)]
+        if throughput == bool(point["parameters"]["cache_mib"]) and full and "LESS" in rows:
+            middle, low, high = times_faster(rows, "LESS", what)
+            claim = f"{name}: LESS " + ("writes more tokens a second than" if throughput else "is done before") + " the quicker full cache"
+            more = f"; {rows['LESS']['rows']} rows against {max(full)}" * throughput
+            yield Verdict(claim, None if low <= 1 <= high else middle > 1, f"{middle:.2f} times [{low:.2f}, {high:.2f}]{more}")
+
+
+def breakdown(record: dict, most: float = 0.175) -> Iterator[Verdict]:
+    """Table 8: what a step of LESS costs beyond one of Baseline+, unobserved."""
+    for name, point in record["points"].items():
+        over = point["methods"]["LESS"]["unobserved_ms"] / point["methods"][PLUS]["unobserved_ms"] - 1
+        yield Verdict(f"{name}: a step of LESS takes at most {most:.1%} more time than one of {PLUS}", over <= most, f"{over:+.1%}")
+
+
 def sizes(what: str, hidden: int = 512, R: int = 8) -> Iterator[Verdict]:
     """From the weights' shapes, the kernels' "parameters" against the model's (section 3.1), or the "state" of a head in tokens of 2 D
     numbers (section 4), and the kernels' weights, which all sequences of a batch share."""

@@ -1,4 +1,4 @@
-"""Train the kernels of LESS, layer by layer: `python -m lesslib.train --help`.
+"""Train the kernels of LESS, layer by layer: `python -m lesslib.train --help`; under torchrun its ranks share the layers.
 
 One pass of the model captures q, k, v and the attention outputs of all wanted layers. What does not depend on the kernels is
 computed once per sequence; an epoch then costs phi, psi and one linear scan. The loss is the squared error after the output
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -32,7 +33,8 @@ from .ops.scan import arrivals, lowrank_attention, merge
 from .parallel import evict
 from .policies import Policy, gather_tokens, get_policy, one_thread
 from .profiles import Profile, get_profile
-from .results import progress, read_torch, results_dir, write_torch
+from .ranks import gather, own_device, place, progress
+from .results import read_torch, results_dir, write_torch
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def capture_layers(
 ) -> dict[int, LayerData]:
     """q, k, v after RoPE and attention outputs of `layers` over token `windows` [N, S], from ONE pass, in half precision.
 
-    Beyond `memory_gib` they are mapped files in `folder`, which the caller deletes; ValueError without a folder that holds them.
+    Beyond `memory_gib` they are mapped files in `folder`, gone with the tensors; ValueError without a folder that holds them.
     """
     shape, (N, S) = model_shape(model), windows.shape
     heads = {"q": shape["heads"], "k": shape["kv_heads"], "v": shape["kv_heads"], "out": shape["heads"]}
@@ -89,7 +91,9 @@ def capture_layers(
         size = torch.Size((N, heads[name], S, shape["head_dim"]))
         if not on_disk:
             return torch.empty(size, dtype=dtype)
-        return torch.from_file(f"{folder}/{layer}-{name}.bin", shared=True, size=size.numel(), dtype=dtype).view(size)
+        mapped = torch.from_file(f"{folder}/{layer}-{name}.bin", shared=True, size=size.numel(), dtype=dtype).view(size)
+        Path(f"{folder}/{layer}-{name}.bin").unlink()  # the mapping keeps its bytes, and a process that is killed leaves none behind
+        return mapped
 
     data = {i: LayerData(*(allocate(i, name) for name in heads)) for i in layers}
     rows = slice(0, 0)
@@ -222,7 +226,8 @@ def layer_pool(device: torch.device) -> Iterator[ThreadPoolExecutor]:
     A step is many small operations; cores that share each of them spend more time waiting for one another than computing.
     """
     workers = torch.get_num_threads() if device.type == "cpu" else 1
-    with one_thread(), ThreadPoolExecutor(workers) as pool:
+    begin = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None  # a thread begins on the first GPU
+    with one_thread(), ThreadPoolExecutor(workers, initializer=begin) as pool:
         yield pool
 
 
@@ -231,10 +236,11 @@ def train(
 ) -> tuple[Kernels, dict]:
     """Train and save the kernels of all layers on token `windows` [N, S]; returns them and {layer: curves}.
 
-    Finished layers lie in `<path>.parts/` until all are there; a second call skips those of the same recipe and windows.
-    Raises ValueError before compute for a budget that the windows never fill or a damaged part.
+    Finished layers lie in `<path>.parts/` until all are there; a second call skips those of the same recipe and windows. Under torchrun
+    each rank trains its share of the layers, rank 0 writes the file, and all return the same. Raises ValueError before compute for a
+    budget that the windows never fill, a damaged part or ranks that differ, RuntimeError where another rank died.
     """
-    shape = model_shape(model)
+    shape, (rank, world) = model_shape(model), place()
     policy.check(shape["context"])
     if policy.budget is None or policy.budget + 1 >= windows.shape[1]:
         raise ValueError(f"{policy}: windows of {windows.shape[1]} tokens never fill the budget: use a smaller budget or longer windows")
@@ -243,39 +249,47 @@ def train(
     kernels.header |= identity | {"policy": policy.name, "budget": policy.budget, "recipe": asdict(recipe), "lesslib": __version__} | header
     stamp = json.dumps([kernels.header, hashlib.sha256(windows.numpy().tobytes()).hexdigest()], sort_keys=True)
     parts = [path.with_name(f"{path.name}.parts") / f"layer-{i:03d}.pt" for i in range(shape["layers"])]
-    curves: dict[str, dict] = {}
-    for i, part in enumerate(parts):
-        state = read_torch(part, "delete it, and that layer is trained again")
-        if state and state["stamp"] == stamp:
-            kernels[i].load_state_dict(state["weights"])
-            curves[str(i)] = state["curves"]
+    states = {i: read_torch(part, "delete it, and that layer is trained again") for i, part in enumerate(parts)}
+    stamps, found = zip(*gather((stamp, {i for i, state in states.items() if state and state["stamp"] == stamp})), strict=True)
+    if odd := [r for r in range(world) if stamps[r] != stamps[0]]:
+        raise ValueError(f"rank {odd[0]} has another model, recipe or text than rank 0: give all the same arguments, data and lesslib")
+    finished = set.intersection(*found)  # what every rank sees: with a disk for each node, some layers are trained again
+    mine = [i for i in range(shape["layers"]) if i not in finished][rank::world]
     parts[0].parent.mkdir(parents=True, exist_ok=True)
-    if todo := [i for i in range(shape["layers"]) if str(i) not in curves]:
+    if world > 1:  # one write, line end included: torchrun's processes do not buffer, and others write too
+        print(f"rank {rank} of {world} on {model.device}: layers {', '.join(map(str, mine)) or 'none'}\n", end="", flush=True)
+    if mine:
         done, stop = itertools.count(1), threading.Event()
 
         def tick() -> None:
             if stop.is_set():
                 raise RuntimeError("another layer failed or was interrupted")
-            progress(f"{policy.name} {policy.budget}: epochs of all layers", next(done), recipe.epochs * len(todo))
+            whose = "all" if world == 1 else "rank 0's"
+            progress(f"{policy.name} {policy.budget}: epochs of {whose} layers", next(done), recipe.epochs * len(mine))
 
         def fit(i: int) -> None:
             projection = output_projection(attention_modules(model)[i]).weight.detach()
             trainer = LayerTrainer(data.pop(i), policy, projection, validation, plus=recipe.kernel_size // 2)
-            found = trainer.fit(kernels[i], recipe, f"{policy.name} {policy.budget}: layer {i}", tick)
-            write_torch(parts[i], {"stamp": stamp, "weights": kernels[i].cpu().state_dict(), "curves": found})
-            curves[str(i)] = found
+            curves = trainer.fit(kernels[i], recipe, f"{policy.name} {policy.budget}: layer {i}", tick)
+            states[i] = {"stamp": stamp, "weights": kernels[i].cpu().state_dict(), "curves": curves}
+            write_torch(parts[i], states[i])
 
         with tempfile.TemporaryDirectory(dir=parts[0].parent) as folder:
-            data = capture_layers(model, windows, todo, memory_gib=memory_gib, folder=Path(folder))
+            data = capture_layers(model, windows, mine, memory_gib=memory_gib, folder=Path(folder))
             with layer_pool(model.device) as pool:
                 try:
-                    list(pool.map(fit, todo))
+                    list(pool.map(fit, mine))
                 finally:
                     stop.set()
-        curves = {str(i): curves[str(i)] for i in range(shape["layers"])}
-    kernels.header["curves"] = curves
-    kernels.save(path)
-    shutil.rmtree(parts[0].parent)
+    for share in gather({i: states[i] for i in mine}):  # not read from the disk, which may show another node's files late
+        states |= share
+    for i, state in states.items():
+        kernels[i].load_state_dict(state["weights"])
+    kernels.header["curves"] = curves = {str(i): states[i]["curves"] for i in range(shape["layers"])}
+    if rank == 0:
+        kernels.save(path)
+        shutil.rmtree(parts[0].parent)
+    gather(None)  # no rank goes on before the file is there
     return kernels.eval(), curves
 
 
@@ -284,7 +298,7 @@ def train_for_profile(
     memory_gib: float = 8.0, device: str | None = None,
 ) -> dict:  # fmt: skip
     """Train kernels for `policy` at `fraction` of the context on windows of `length` tokens (default: the context); {layer: curves}."""
-    recipe, (model, tokenizer) = Recipe.of(profile, seed), load_model(profile.model, device)
+    recipe, (model, tokenizer) = Recipe.of(profile, seed), load_model(profile.model, own_device(device))
     context = model_shape(model)["context"]
     chosen, corpora = get_policy(policy).from_fraction(fraction, context), [load_corpus(name) for name in profile.training]
     windows = training_windows(corpora, tokenizer, length or context, profile.sequences, seed)
@@ -311,8 +325,8 @@ def main(argv: list[str] | None = None) -> None:
         p.add_argument(f"--{name.replace('_', '-')}", type=str if kind is tuple else kind, nargs="+" if kind is tuple else None, help=what)
     p.add_argument("--length", type=int, help="tokens a window (default: the model's context)")
     p.add_argument("--seed", type=int, default=0, help="of windows, initial weights, order and dropout (default: %(default)s)")
-    p.add_argument("--memory-gib", type=float, default=8.0, help="captured tensors beyond this are streamed to disk (default: %(default)s)")
-    p.add_argument("--device", help="cpu, cuda, ... (default: the GPU when there is one)")
+    p.add_argument("--memory-gib", type=float, default=8.0, help="captured tensors beyond this go to disk, per rank (default: %(default)s)")
+    p.add_argument("--device", help="cpu, cuda, ... (default: the GPU when there is one; of a rank, its own)")
     p.add_argument("--out", type=Path, help="folder for load_kernels(..., folder=...) (default: results/<profile>/kernels)")
     a = p.parse_args(argv)
     keep_memory()
@@ -323,6 +337,8 @@ def main(argv: list[str] | None = None) -> None:
         curves = train_for_profile(profile, a.policy, a.fraction, path, a.seed, a.length, a.memory_gib, a.device)
     except (ValueError, TypeError, OSError) as e:
         raise SystemExit(f"{p.prog}: {e}") from e
+    if place()[0]:
+        return
     for layer, c in curves.items():
         print(f"layer {layer}: {c['best']:.3f} of the sparse error is left (Baseline+ {c['baseline_plus']:.3f}), {c['seconds']:.0f} s")
     print(f"saved {path}")

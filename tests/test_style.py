@@ -13,10 +13,10 @@ FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 # From the top down; a file imports only from its own line or from lines below. models.py stands above kernels.py because the zoo
 # also loads the kernels that were trained for its models.
 ORDER = [
-    {"run"}, {"experiments", "downstream", "scoreboard", "claims", "plots"},
+    {"run"}, {"experiments", "downstream", "serving", "scoreboard", "claims", "plots"},
     {"train", "evaluate", "answers", "bench", "pretrain", "harness"}, {"hf"}, {"cache", "parallel"},
     {"ops", "ops.naive", "ops.scan", "ops.triton"}, {"models"}, {"policies", "kernels"},
-    {"data", "data.tasks", "data.storyworld", "paper", "profiles", "results", "rouge"},
+    {"data", "data.tasks", "data.storyworld", "paper", "profiles", "ranks", "results", "rouge"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
@@ -59,7 +59,7 @@ def test_style_and_types_are_clean(tool):
 
 LINES = {  # what each stage may add
     "training and scoring": 2500, "decoding: cache, hooks, benchmark, harness, a second model": 700,
-    "tasks: stories, datasets, answers, the experiments on them": 800, "speed: points shared by processes": 100,
+    "tasks: stories, datasets, answers, the experiments on them": 800, "speed: shared points, serving, ranks, GPU kernels": 800,
 }  # fmt: skip
 
 

@@ -42,10 +42,11 @@ def trainer_of(model, windows, layer=1):
 def test_capture_is_the_models_own_attention_and_is_the_same_from_disk(model, windows, tmp_path):
     held = capture_layers(model, windows, [0, 1], batch=4)
     streamed = capture_layers(model, windows, [0, 1], batch=4, memory_gib=1e-9, folder=tmp_path)
-    assert len(list(tmp_path.glob("*.bin"))) == 8
+    assert not list(tmp_path.iterdir())  # nothing to find for whoever comes after a process that was killed
     for i, d in held.items():
         for name in ("q", "k", "v", "out"):
             assert torch.equal(getattr(d, name), getattr(streamed[i], name))
+            assert (getattr(d, name).is_shared(), getattr(streamed[i], name).is_shared()) == (False, True)  # the second is mapped
         dense = dense_attention(d.q.float(), d.k.float(), d.v.float(), scaling=d.scaling)
         assert (dense - d.out.float()).norm() < 2e-3 * dense.norm()  # captured in half precision
 

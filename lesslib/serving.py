@@ -1,0 +1,313 @@
+"""What serving costs (paper, Tables 6 and 8): latency, throughput and bytes of a prompt and what is written after it, by method, and the
+parts of a decode step: `python -m lesslib.serving --help`.
+
+All methods of a load run in one process, in turn, so that a machine's slow moments meet all alike and every ratio is of one run.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from .bench import MODELS, random_model
+from .cache import LessCache, LessLayer, cache_bytes
+from .experiments import record
+from .hf import less
+from .kernels import Kernels
+from .models import keep_memory, model_shape
+from .policies import H2O
+from .profiles import get_limit
+from .results import progress, write_json
+
+METHODS = ("Full, dynamic", "Full, static", "Baseline", "Baseline+", "LESS")
+WARM_UP, RUNS = 8, 3  # tokens written before anything is timed; times that everything is
+PARTS = ("decoding", "eviction", "kernels", "synthesis", "update")  # of Table 8; decoding: all that is none of the others
+
+
+@dataclass(frozen=True)
+class Load:
+    """One row of a table: a prompt of `prompt` random tokens in `batch` rows, and `generate` tokens that are written after it.
+
+    `model`: a shape of `bench.MODELS`, with random weights. `fraction`: H2O's budget as a share of prompt + generate. `hidden`: width of
+    the kernels. `cache_mib`: instead of `batch`, as many rows as each method's cache fits into so many MiB. `compiled`: decode steps
+    through torch.compile, on a GPU as CUDA graphs.
+    """
+
+    model: str
+    prompt: int
+    generate: int
+    batch: int = 0
+    fraction: float = 0.05
+    hidden: int = 128
+    cache_mib: int = 0
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise ValueError(f"unknown shape {self.model!r}: choose from {', '.join(MODELS)}")
+        for name in ("prompt", "generate"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} is {getattr(self, name)}: give at least 2 tokens")
+        if (self.batch > 0) == (self.cache_mib > 0):
+            raise ValueError(f"batch {self.batch} and cache_mib {self.cache_mib}: give one of the two, above 0")
+
+    def __str__(self) -> str:
+        rows = f"batch {self.batch}" if self.batch else f"{self.cache_mib} MiB of cache"
+        return f"{self.model} {self.prompt}+{self.generate}, {rows}" + ", compiled" * self.compiled
+
+
+# by profile: the loads of Table 6, on small machines with lengths divided by 4 to 10, and that of Table 8
+LOADS = {
+    "smoke": ([Load("pico", 48, 24, 2)], Load("pico", 64, 84, 2)),
+    "tiny": ([Load("pico", 768, 256, 4), Load("pico", 2048, 192, 8), Load("pico", 512, 128, cache_mib=8)], Load("pico", 256, 128, 64)),
+    "wild": ([Load("12x768", 1024, 64, 4), Load("12x768", 256, 32, cache_mib=32)], Load("12x768", 256, 80, 8)),
+    "paper": ([Load("llama-2-13b", 5000, 5000, 4, hidden=512, compiled=True),
+               *(Load("llama-2-7b", 2048, 2048, batch, hidden=512, compiled=True) for batch in (24, 64)),
+               Load("llama-2-7b", 2048, 2048, cache_mib=48 << 10, hidden=512, compiled=True)],
+              Load("llama-2-7b", 512, 512, 64, hidden=512)),
+}  # fmt: skip
+
+
+class Bench:
+    """A random model of a load's shape on this machine's device, its kernels, and the caches of each method."""
+
+    def __init__(self, load: Load):
+        self.load, self.device = load, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.model = cast(Any, random_model(load.model)).to(self.device, dtype)
+        self.shape, self.dtype = model_shape(self.model), dtype
+        self.policy = H2O.from_budget(max(4, int(load.fraction * (load.prompt + load.generate)) // 2 * 2))
+        self.kernels = Kernels.new(self.shape, 8, load.hidden).to(self.device, dtype)
+        self.step: Any = self.model
+        if load.compiled:
+            self.step = torch.compile(self.model, fullgraph=True, mode="reduce-overhead" if self.device.type == "cuda" else None)
+
+    def settings(self, method: str) -> tuple[H2O, Kernels | None]:
+        return self.policy.plus(4) if method == "Baseline+" else self.policy, self.kernels if method == "LESS" else None
+
+    def cache(self, method: str) -> Any:
+        """An empty cache of `method`."""
+        if method.startswith("Full"):
+            length = self.load.prompt + self.load.generate
+            config = self.model.config
+            return StaticCache(config=config, max_cache_len=length) if method.endswith("static") else DynamicCache(config=config)
+        return LessCache(self.model, *self.settings(method))
+
+    def row_bytes(self, method: str) -> float:
+        """Bytes that the cache of `method` holds for each row at the end, by the formula, without what all rows share."""
+        if method.startswith("Full"):
+            s = self.shape
+            return 2 * s["layers"] * s["kv_heads"] * s["head_dim"] * (self.load.prompt + self.load.generate) * self.dtype.itemsize
+        policy, kernels = self.settings(method)
+        one, two = (cache_bytes(self.shape, policy, 8 if kernels else 0, rows, self.dtype) for rows in (1, 2))
+        return two - one
+
+    def weights(self, method: str) -> int:
+        """Bytes of weights that every step reads: the model's, but for the table of input embeddings, and the kernels'."""
+        kernels = self.settings(method)[1] if not method.startswith("Full") else None
+        read = sum(p.nbytes for p in self.model.parameters()) - self.model.get_input_embeddings().weight.nbytes
+        return read + (sum(p.nbytes for p in kernels.parameters()) if kernels else 0)
+
+    def rows(self, method: str) -> int:
+        return self.load.batch or max(1, int(self.load.cache_mib * 2**20 / self.row_bytes(method)))
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def attention(self, method: str) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if method.startswith("Full") else less(self.model)
+
+    def run(self, method: str, generate: int) -> dict[str, float]:
+        """Seconds of the prompt and of `generate` tokens after it, and the bytes that the cache then holds."""
+        batch, cache, held = self.rows(method), self.cache(method), 0
+        ids = torch.randint(0, self.model.config.vocab_size, (batch, self.load.prompt), device=self.device)
+        with torch.no_grad(), self.attention(method):
+            begun = self.now()
+            token = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            read = self.now()
+            step = self.model if method == "Full, dynamic" else self.step  # a cache that grows would be compiled again at every length
+            for _ in range(generate - 1):
+                token = step(token, past_key_values=cache).logits.argmax(-1)
+            written = self.now()
+        if method.startswith("Full"):
+            held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        return {"prompt": read - begun, "decode": written - read, "bytes": held or cache.nbytes()}
+
+
+def copy_bandwidth(device: torch.device, mib: int = 256) -> float:
+    """Bytes a second that this device reads and writes in a copy of `mib` MiB, best of five."""
+    source = torch.ones(mib << 18, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(5):
+        begun = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun)
+    return 2 * source.nbytes / best
+
+
+def serve(load: Load, methods: tuple[str, ...] = METHODS, runs: int = RUNS) -> dict[str, dict]:
+    """By method: rows, seconds of every run's prompt and decoding, tokens a second, milliseconds a step, bytes held, their formula, and
+    the milliseconds that one step's weights and cache take at the bandwidth of a copy (`floor_ms`).
+
+    A method that runs out of a GPU's memory has {"rows", "out_of_memory": True} instead.
+    """
+    bench, found = Bench(load), dict[str, dict]()
+    bandwidth = copy_bandwidth(bench.device)
+    for run, method in ((run, method) for run in range(runs + 1) for method in methods):
+        progress("runs", run * len(methods) + methods.index(method), (runs + 1) * len(methods))
+        row = found.setdefault(method, {"rows": bench.rows(method), "prompt_s": [], "decode_s": []})
+        if "out_of_memory" in row:
+            continue
+        try:
+            took = bench.run(method, load.generate if run else min(WARM_UP, load.generate))
+        except torch.OutOfMemoryError:
+            found[method] = {"rows": row["rows"], "out_of_memory": True}
+            torch.cuda.empty_cache()
+            continue
+        if run:
+            row["prompt_s"].append(round(took["prompt"], 4))
+            row["decode_s"].append(round(took["decode"], 4))
+            row["bytes"] = took["bytes"]
+    for method, row in found.items():
+        if "out_of_memory" in row:
+            continue
+        seconds = statistics.median(a + b for a, b in zip(row["prompt_s"], row["decode_s"], strict=True))
+        moved = bench.weights(method) + row["rows"] * bench.row_bytes(method)
+        row |= {
+            "seconds": round(seconds, 4), "tokens_per_s": round(row["rows"] * load.generate / seconds, 2),
+            "step_ms": round(1000 * statistics.median(row["decode_s"]) / (load.generate - 1), 4),
+            "formula_bytes": round(row["rows"] * bench.row_bytes(method)), "floor_ms": round(1000 * moved / bandwidth, 4),
+        }  # fmt: skip
+    progress("runs", 1, 1)
+    return found
+
+
+class Clock:
+    """Seconds by part: a function that `timed` wraps counts for its part, less what wrapped functions inside it took."""
+
+    def __init__(self, now: Callable[[], float]):
+        self.now, self.seconds, self.inner = now, defaultdict[str, float](float), 0.0
+
+    def timed(self, part: str, function: Callable) -> Callable:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            outer, self.inner = self.inner, 0.0
+            begun = self.now()
+            result = function(*args, **kwargs)
+            took = self.now() - begun
+            self.seconds[part] += took - self.inner
+            self.inner = outer + took
+            return result
+
+        return wrapped
+
+
+@contextlib.contextmanager
+def parts_timed(cache: Any, clock: Clock) -> Iterator[None]:
+    """Within the context `clock` times what the layers of a LessCache do besides attending their slots; other caches have no such parts."""
+    objects: list[tuple[Any, str, str]] = []
+    for layer in (layer for layer in cache.layers if isinstance(layer, LessLayer)):
+        objects.append((layer, "_evict", "eviction"))
+        if layer.kernels is not None:
+            objects += [(layer, "_recover", "synthesis"), (layer, "_absorb", "update"),
+                        (layer.kernels, "phi", "kernels"), (layer.kernels, "psi", "kernels")]  # fmt: skip
+    for thing, name, part in objects:
+        vars(thing)[name] = clock.timed(part, getattr(thing, name))
+    try:
+        yield
+    finally:
+        for thing, name, _ in objects:
+            del vars(thing)[name]
+
+
+def parts(load: Load, methods: tuple[str, ...] = ("Full, static", "Baseline+", "LESS"), steps: int = 32) -> dict[str, dict]:
+    """By method: milliseconds of each of PARTS and in `total`, medians of `steps` decode steps after the prompt, the methods in turn; and
+    `unobserved_ms` of a step that nothing inside it times. Steps are not compiled: a compiled one has no parts."""
+    if load.generate < 2 * (WARM_UP + steps):
+        raise ValueError(f"generate is {load.generate}: {steps} steps timed in two ways need at least {2 * (WARM_UP + steps)}")
+    bench = Bench(load)
+    caches, tokens = {m: bench.cache(m) for m in methods}, dict[str, Tensor]()
+    ids = torch.randint(0, bench.model.config.vocab_size, (load.batch, load.prompt), device=bench.device)
+    times = {m: {part: list[float]() for part in (*PARTS, "total", "unobserved")} for m in methods}
+    with torch.no_grad():
+        for m in methods:
+            with bench.attention(m):
+                tokens[m] = bench.model(ids, past_key_values=caches[m], logits_to_keep=1).logits[:, -1:].argmax(-1)
+        for i, m in ((i, m) for i in range(WARM_UP + steps) for m in methods):
+            progress("steps", i, WARM_UP + steps)
+            clock = Clock(bench.now)
+            with bench.attention(m), parts_timed(caches[m], clock):
+                clock.timed("decoding", bench.model)(tokens[m], past_key_values=caches[m])
+            with bench.attention(m):
+                begun = bench.now()
+                bench.model(tokens[m], past_key_values=caches[m])
+                whole = bench.now() - begun
+            if i >= WARM_UP:
+                for part, seconds in {**clock.seconds, "total": sum(clock.seconds.values()), "unobserved": whole}.items():
+                    times[m][part].append(1000 * seconds)
+    progress("steps", 1, 1)
+    return {m: {f"{part}_ms": round(statistics.median(values), 4) for part, values in t.items() if values} for m, t in times.items()}
+
+
+def loads(profile: str) -> tuple[list[Load], Load]:
+    """The loads of Tables 6 and 8 in a profile; the smallest where $LESS_LIMIT cuts it short."""
+    return LOADS["smoke" if get_limit() else profile]
+
+
+def latency(profile: str, seed: int = 0) -> dict:
+    """Table 6: `serve` under each load of the profile."""
+    points = {str(load): asdict(load) for load in loads(profile)[0]}
+    return record("latency", profile, seed, points, lambda **load: {"methods": serve(Load(**load))}, models=())
+
+
+def breakdown(profile: str, seed: int = 0) -> dict:
+    """Table 8: the `parts` of a step."""
+    load = loads(profile)[1]
+    return record("breakdown", profile, seed, {str(load): asdict(load)}, lambda **load: {"methods": parts(Load(**load))}, models=())
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser("python -m lesslib.serving", None, __doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--model", choices=MODELS, default="pico", help="shape of a random model")
+    p.add_argument("--prompt", type=int, default=512, help="tokens read")
+    p.add_argument("--generate", type=int, default=512, help="tokens written after them")
+    p.add_argument("--batch", type=int, default=0, help="rows at once")
+    p.add_argument("--cache-mib", type=int, default=0, help="instead: as many rows as each method's cache fits into so many MiB")
+    p.add_argument("--fraction", type=float, default=0.05, help="H2O's budget as a share of prompt + generate")
+    p.add_argument("--hidden", type=int, default=128, help="width of the kernels; the paper's is 512")
+    p.add_argument("--compiled", action="store_true", help="decode steps through torch.compile, on a GPU as CUDA graphs")
+    p.add_argument("--runs", type=int, default=RUNS, help="after one of a few tokens that warms up")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="the first is what ratios are taken of")
+    p.add_argument("--parts", action="store_true", help="the parts of a step (Table 8) instead")
+    p.add_argument("--out", type=Path, help="also write JSON there")
+    a = p.parse_args(argv)
+    keep_memory()
+    try:
+        load = Load(**{name: getattr(a, name) for name in asdict(Load("pico", 2, 2, 1))})
+    except ValueError as e:
+        p.error(str(e))
+    found = parts(load) if a.parts else serve(load, tuple(a.methods), a.runs)
+    print(f"{load}; {torch.get_num_threads()} threads, torch {torch.__version__}")
+    first = next(iter(found.values()))
+    for method, row in found.items():
+        ratio = {k: f" ({v / first[k]:.2f})" for k, v in row.items() if isinstance(v, float) and first.get(k)}
+        print(f"{method:>14}: " + ", ".join(f"{k} {v}{ratio.get(k, '')}" for k, v in row.items()))
+    if a.out:
+        write_json(a.out, {"load": asdict(load), "methods": found})
+
+
+if __name__ == "__main__":
+    main()
