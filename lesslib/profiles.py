@@ -46,7 +46,7 @@ PROFILES = {p.name: p for p in (
     Profile("paper", "one 80 GiB GPU, the hub, hours", model="meta-llama/Llama-2-7b-hf",
             evaluation=("wikitext2", "books"), training=("c4",), windows_per_document=4, max_windows=10_000, batch=8,
             hidden=512, sequences=512, validation=32, epochs=40, halve_every=10, lr=1e-3, dropout=0.3, train_batch=2,
-            disk_gib=700.0, gpu_gib=70.0),
+            disk_gib=200.0, gpu_gib=70.0),
 )}  # fmt: skip
 
 

@@ -117,6 +117,11 @@ def _commit() -> str:
     return lines[0].removeprefix("# branch.oid ") + ("" if lines[-1].startswith("#") else "-dirty")
 
 
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def manifest(profile: str, seed: int, data: list[dict], seconds: float) -> dict:
     """What a reader needs to judge or repeat a result: code, versions, hardware, seed, data and time."""
     import torch
@@ -124,14 +129,13 @@ def manifest(profile: str, seed: int, data: list[dict], seconds: float) -> dict:
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.is_file() else "")
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers")}
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "profile": profile, "seed": seed, "data": data, "seconds": round(seconds, 1),
         "commit": _commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "lesslib": __version__, **versions},
-        "hardware": {"cpu": cpu[1] if cpu else platform.machine(), "gpu": gpu, "memory_gib": round(memory), "cores": os.cpu_count(),
-                     "threads": torch.get_num_threads()},
+        "hardware": {"cpu": cpu[1] if cpu else platform.machine(), "gpu": gpu, "memory_gib": round(physical_memory() / 2**30),
+                     "cores": os.cpu_count(), "threads": torch.get_num_threads()},
     }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Train the kernels of LESS, layer by layer: `python -m lesslib.train --help`; under torchrun its ranks share the layers.
 
-One pass of the model captures q, k, v and the attention outputs of all wanted layers. What does not depend on the kernels is
-computed once per sequence; an epoch then costs phi, psi and one linear scan. The loss is the squared error after the output
-projection at positions past the budget (paper, section 3.2) over the sparse policy's own: 1 is eviction alone, 0 the full cache.
+One pass of the model (several, where that is too much to hold) captures q, k, v and the attention outputs of all wanted layers. What does
+not depend on the kernels is computed once per sequence; an epoch then costs phi, psi and one linear scan. The loss is the squared error
+past the budget, after the output projection (paper, section 3.2), over the sparse policy's own: 1 is eviction alone, 0 the full cache.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -34,7 +35,7 @@ from .parallel import evict
 from .policies import Policy, gather_tokens, get_policy, one_thread
 from .profiles import Profile, get_profile
 from .ranks import gather, own_device, place, progress
-from .results import read_torch, results_dir, write_torch
+from .results import physical_memory, read_torch, results_dir, write_torch
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class LayerData:
     scaling: float = field(default=0.0, init=False)
 
 
+def captured_bytes(shape: dict[str, int], windows: Tensor) -> int:
+    """What `capture_layers` keeps of one layer: four tensors, two bytes a number."""
+    return windows.numel() * shape["head_dim"] * 2 * (shape["heads"] + shape["kv_heads"]) * 2
+
+
 def capture_layers(
     model, windows: Tensor, layers: list[int], batch: int = 8, memory_gib: float = 8.0, folder: Path | None = None
 ) -> dict[int, LayerData]:
@@ -81,8 +87,7 @@ def capture_layers(
     shape, (N, S) = model_shape(model), windows.shape
     heads = {"q": shape["heads"], "k": shape["kv_heads"], "v": shape["kv_heads"], "out": shape["heads"]}
     dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float16
-    need = len(layers) * N * S * shape["head_dim"] * sum(heads.values()) * dtype.itemsize
-    on_disk = need > memory_gib * 2**30
+    on_disk = (need := len(layers) * captured_bytes(shape, windows)) > memory_gib * 2**30
     if on_disk and (folder is None or shutil.disk_usage(folder).free < need):
         where = "give a folder to stream them to" if folder is None else f"free that much disk at {folder}, or use fewer sequences"
         raise ValueError(f"the captured layers take {need / 2**30:.1f} GiB, above memory_gib={memory_gib:g}: {where}")
@@ -95,8 +100,7 @@ def capture_layers(
         Path(f"{folder}/{layer}-{name}.bin").unlink()  # the mapping keeps its bytes, and a process that is killed leaves none behind
         return mapped
 
-    data = {i: LayerData(*(allocate(i, name) for name in heads)) for i in layers}
-    rows = slice(0, 0)
+    data, rows = {i: LayerData(*(allocate(i, name) for name in heads)) for i in layers}, slice(0, 0)
 
     def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scaling: float) -> None:
         if d := data.get(layer):
@@ -215,8 +219,8 @@ class LayerTrainer:
                 best, best_state = curve[-1], {n: t.detach().clone() for n, t in kernels.state_dict().items()}
             tick()
         kernels.load_state_dict(best_state)
-        plus = self.plus_error / self.sparse_error["validation"]
-        return {"train": train_curve, "validation": curve, "best": best, "baseline_plus": plus, "seconds": time.time() - begun}
+        plus = {"baseline_plus": self.plus_error / self.sparse_error["validation"], "seconds": time.time() - begun}
+        return {"train": train_curve, "validation": curve, "best": best} | plus
 
 
 @contextlib.contextmanager
@@ -238,8 +242,7 @@ def train(
 
     Finished layers lie in `<path>.parts/` until all are there; a second call skips those of the same recipe and windows. Under torchrun
     each rank trains its share of the layers, rank 0 writes the file, and all return the same. Raises ValueError before compute for a
-    budget that the windows never fill, a damaged part or ranks that differ, RuntimeError where another rank died.
-    """
+    budget that the windows never fill, a damaged part or ranks that differ, RuntimeError where another rank died."""
     shape, (rank, world) = model_shape(model), place()
     policy.check(shape["context"])
     if policy.budget is None or policy.budget + 1 >= windows.shape[1]:
@@ -259,28 +262,32 @@ def train(
     if world > 1:  # one write, line end included: torchrun's processes do not buffer, and others write too
         print(f"rank {rank} of {world} on {model.device}: layers {', '.join(map(str, mine)) or 'none'}\n", end="", flush=True)
     if mine:
-        done, stop = itertools.count(1), threading.Event()
+        done, stop, label = itertools.count(1), threading.Event(), f"{policy.name} {policy.budget}"
+        room: float = min([shutil.disk_usage(path.parent).free, *[physical_memory()] * (model.device.type == "cuda")])  # passes are quick
+        room = max(memory_gib * 2**30, 0.9 * room / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        at_once = max(1, int(room / captured_bytes(shape, windows)))
 
         def tick() -> None:
             if stop.is_set():
                 raise RuntimeError("another layer failed or was interrupted")
-            whose = "all" if world == 1 else "rank 0's"
-            progress(f"{policy.name} {policy.budget}: epochs of {whose} layers", next(done), recipe.epochs * len(mine))
+            progress(f"{label}: epochs of {'all' if world == 1 else 'its'} layers", next(done), recipe.epochs * len(mine))
 
         def fit(i: int) -> None:
             projection = output_projection(attention_modules(model)[i]).weight.detach()
             trainer = LayerTrainer(data.pop(i), policy, projection, validation, plus=recipe.kernel_size // 2)
-            curves = trainer.fit(kernels[i], recipe, f"{policy.name} {policy.budget}: layer {i}", tick)
+            curves = trainer.fit(kernels[i], recipe, f"{label}: layer {i}", tick)
             states[i] = {"stamp": stamp, "weights": kernels[i].cpu().state_dict(), "curves": curves}
             write_torch(parts[i], states[i])
 
-        with tempfile.TemporaryDirectory(dir=parts[0].parent) as folder:
-            data = capture_layers(model, windows, mine, memory_gib=memory_gib, folder=Path(folder))
-            with layer_pool(model.device) as pool:
-                try:
-                    list(pool.map(fit, mine))
-                finally:
-                    stop.set()
+        for some in (mine[a : a + at_once] for a in range(0, len(mine), at_once)):
+            with tempfile.TemporaryDirectory(dir=parts[0].parent) as folder:
+                data = capture_layers(model, windows, some, memory_gib=memory_gib, folder=Path(folder))
+                with layer_pool(model.device) as pool:
+                    try:
+                        list(pool.map(fit, some))
+                    except BaseException:
+                        stop.set()
+                        raise
     for share in gather({i: states[i] for i in mine}):  # not read from the disk, which may show another node's files late
         states |= share
     for i, state in states.items():
@@ -294,9 +301,8 @@ def train(
 
 
 def train_for_profile(
-    profile: Profile, policy: str, fraction: float, path: Path, seed: int = 0, length: int | None = None,
-    memory_gib: float = 8.0, device: str | None = None,
-) -> dict:  # fmt: skip
+    profile: Profile, policy: str, fraction: float, path: Path, seed=0, length: int | None = None, memory_gib=8.0, device: str | None = None
+) -> dict:
     """Train kernels for `policy` at `fraction` of the context on windows of `length` tokens (default: the context); {layer: curves}."""
     recipe, (model, tokenizer) = Recipe.of(profile, seed), load_model(profile.model, own_device(device))
     context = model_shape(model)["context"]
@@ -337,11 +343,9 @@ def main(argv: list[str] | None = None) -> None:
         curves = train_for_profile(profile, a.policy, a.fraction, path, a.seed, a.length, a.memory_gib, a.device)
     except (ValueError, TypeError, OSError) as e:
         raise SystemExit(f"{p.prog}: {e}") from e
-    if place()[0]:
-        return
-    for layer, c in curves.items():
-        print(f"layer {layer}: {c['best']:.3f} of the sparse error is left (Baseline+ {c['baseline_plus']:.3f}), {c['seconds']:.0f} s")
-    print(f"saved {path}")
+    left = "layer {}: {best:.3f} of the sparse error is left (Baseline+ {baseline_plus:.3f}), {seconds:.0f} s".format
+    if place()[0] == 0:
+        print("\n".join([*(left(layer, **c) for layer, c in curves.items()), f"saved {path}"]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from lesslib.kernels import Kernels
 from lesslib.models import model_shape
 from lesslib.parallel import dense_attention, evict, recover
 from lesslib.profiles import get_profile
-from lesslib.train import LayerTrainer, Recipe, capture_layers, features, train
+from lesslib.train import LayerTrainer, Recipe, capture_layers, captured_bytes, features, train
 
 RECIPE = Recipe(kernel_size=4, hidden=8, epochs=2, halve_every=1, lr=3e-3, dropout=0.3, batch=2)
 POLICY = H2O(heavy=3, recent=3)
@@ -102,6 +103,19 @@ def test_untrained_kernels_are_the_sparse_policy_and_training_helps(model, windo
     assert curves["train"][-1] < 0.9 < curves["validation"][0]
     assert curves["best"] == min(curves["validation"][1:])
     assert trainer.relative_error(layer) == pytest.approx(curves["best"], rel=1e-6)  # the best weights are those that are kept
+
+
+def test_where_no_disk_holds_all_layers_they_are_captured_in_several_passes(model, windows, tmp_path, monkeypatch):
+    whole, _ = train(model, POLICY, windows, RECIPE, tmp_path / "whole.safetensors", {}, validation=2)
+    passes, usage = [], shutil.disk_usage(tmp_path)
+    captured = training.capture_layers
+    monkeypatch.setattr(training, "capture_layers", lambda m, w, layers, **more: passes.append(layers) or captured(m, w, layers, **more))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1.9 * captured_bytes(model_shape(model), windows)))
+    parted, curves = train(model, POLICY, windows, RECIPE, tmp_path / "parted.safetensors", {}, validation=2, memory_gib=1e-9)
+    assert passes == [[i] for i in range(model_shape(model)["layers"])]
+    assert len(passes) > 1
+    assert curves.keys() == {str(i) for i in range(len(passes))}
+    assert all(torch.equal(whole.state_dict()[name], weights) for name, weights in parted.state_dict().items())
 
 
 def test_interrupted_training_resumes_by_layer_and_ends_the_same(model, windows, tmp_path, monkeypatch):
