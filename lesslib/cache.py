@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from . import fused
 from .kernels import Kernels
+from .models import cache_bytes as cache_bytes
 from .models import check_fit
 from .ops.scan import merge
 from .parallel import dense_attention
@@ -168,6 +170,8 @@ class LessLayer(CacheLayerMixin):
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
         """One token: it takes the free slot, attends, is scored, and one slot is freed. Static shapes, no host synchronisation."""
+        if fused.wanted(k):
+            return fused.step(self, q, k, v, real, scaling)
         B, Hkv = self.position.shape[:2]
         now = self.count[:, None, None].expand(B, Hkv, 1)
         self.keys.scatter_(2, self.free[..., None].expand(-1, -1, -1, k.shape[-1]), k)
@@ -209,6 +213,8 @@ class LessLayer(CacheLayerMixin):
 
         start = 0 if old or (policy.needs_probabilities and policy.sums_queries) else S - 1 if policy.needs_probabilities else S
         columns, outputs = torch.zeros(B, Hkv, q.shape[1] // Hkv, old + S, dtype=wide, device=k.device), []
+        if start == 0 and not old and fused.wanted(q):
+            columns, start = fused.column_sums(q, k, real, scaling), S
         for a in range(start, S, BLOCK):
             b = min(a + BLOCK, S)
             logits = (q[:, :, a:b].to(wide) * scaling).unflatten(1, (Hkv, -1)) @ k[:, :, : old + b].to(wide).mT[:, :, None]
@@ -331,15 +337,3 @@ class LessCache(Cache):
         held = torch.zeros(*cache.position.shape[:2], T + 1, dtype=torch.bool, device=cache.device)
         held.scatter_(2, cache.position.long() % (T + 1), True)  # empty slots go to the column that is cut off
         return ~held[..., :T] & (torch.arange(T, device=cache.device) < cache.count[:, None, None])
-
-
-def cache_bytes(shape: dict[str, int], policy: Policy, kernel_size: int, batch: int, dtype: torch.dtype) -> int:
-    """Bytes of a LessCache before any is allocated, for a `model_shape` without sliding windows; `kernel_size` 0 for the policy alone.
-
-    Per layer and row, Hkv (C + 1) slots of two vectors of D in `dtype`, a score and a position; Hkv (R D + R) float32 of state; counters.
-    """
-    if policy.budget is None:
-        raise ValueError("Full() has no bound: its bytes grow with the tokens")
-    slot = 2 * shape["head_dim"] * dtype.itemsize + 4 + max(4, dtype.itemsize)
-    state = kernel_size * (shape["head_dim"] + 1) * max(4, dtype.itemsize)
-    return shape["layers"] * (batch * (shape["kv_heads"] * ((policy.budget + 1) * slot + state + 8) + 4) + 8)

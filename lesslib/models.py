@@ -105,6 +105,18 @@ def model_shape(model: PreTrainedModel) -> dict[str, int]:
     return {"layers": c.num_hidden_layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "context": context}
 
 
+def cache_bytes(shape: dict[str, int], policy: Policy, kernel_size: int, batch: int, dtype: torch.dtype) -> int:
+    """Bytes of a LessCache before any is allocated, for a `model_shape` without sliding windows; `kernel_size` 0 for the policy alone.
+
+    Per layer and row, Hkv (C + 1) slots of two vectors of D in `dtype`, a score and a position; Hkv (R D + R) float32 of state; counters.
+    """
+    if policy.budget is None:
+        raise ValueError("Full() has no bound: its bytes grow with the tokens")
+    slot = 2 * shape["head_dim"] * dtype.itemsize + 4 + max(4, dtype.itemsize)
+    state = kernel_size * (shape["head_dim"] + 1) * max(4, dtype.itemsize)
+    return shape["layers"] * (batch * (shape["kv_heads"] * ((policy.budget + 1) * slot + state + 8) + 4) + 8)
+
+
 def check_fit(model: PreTrainedModel, policy: Policy, kernels: Kernels | None) -> None:
     """Raises ValueError or TypeError where policy, kernels and model do not fit; else moves the kernels to its device, to evaluate."""
     if not isinstance(policy, Policy):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.scan import arrivals, lowrank_attention, merge, sparse_attention
+from .fused import lowrank_attention
+from .ops.scan import arrivals, merge, sparse_attention
 from .policies import Policy, gather_tokens, simulate
 
 

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from . import __version__
 from .data import load_corpus, training_windows
+from .fused import lowrank_attention
 from .hf import attention_modules, capture, output_projection
 from .kernels import Kernels, LayerKernels
 from .models import autocast, keep_memory, kernel_path, load_model, model_shape
-from .ops.scan import arrivals, lowrank_attention, merge
+from .ops.scan import arrivals, merge
 from .parallel import evict
 from .policies import Policy, gather_tokens, get_policy, one_thread
 from .profiles import Profile, get_profile
@@ -305,9 +306,8 @@ def train_for_profile(
 ) -> dict:
     """Train kernels for `policy` at `fraction` of the context on windows of `length` tokens (default: the context); {layer: curves}."""
     recipe, (model, tokenizer) = Recipe.of(profile, seed), load_model(profile.model, own_device(device))
-    context = model_shape(model)["context"]
-    chosen, corpora = get_policy(policy).from_fraction(fraction, context), [load_corpus(name) for name in profile.training]
-    windows = training_windows(corpora, tokenizer, length or context, profile.sequences, seed)
+    chosen = get_policy(policy).from_fraction(fraction, context := model_shape(model)["context"])
+    windows = training_windows(corpora := [*map(load_corpus, profile.training)], tokenizer, length or context, profile.sequences, seed)
     header = {"fraction": fraction, "data": [c.record() for c in corpora], "sequences": len(windows), "length": windows.shape[1]}
     return train(model, chosen, windows, recipe, path, header, profile.validation, memory_gib)[1]
 

@@ -14,7 +14,7 @@ FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 # also loads the kernels that were trained for its models.
 ORDER = [
     {"run"}, {"experiments", "downstream", "serving", "scoreboard", "claims", "plots"},
-    {"train", "evaluate", "answers", "bench", "pretrain", "harness"}, {"hf"}, {"cache", "parallel"},
+    {"train", "evaluate", "answers", "bench", "pretrain", "harness"}, {"hf"}, {"cache", "parallel", "fused"},
     {"ops", "ops.naive", "ops.scan", "ops.triton"}, {"models"}, {"policies", "kernels"},
     {"data", "data.tasks", "data.storyworld", "paper", "profiles", "ranks", "results", "rouge"},
 ]  # fmt: skip
