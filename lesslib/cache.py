@@ -21,6 +21,7 @@ from . import fused
 from .kernels import Kernels
 from .models import cache_bytes as cache_bytes
 from .models import check_fit
+from .ops import triton
 from .ops.scan import merge
 from .parallel import dense_attention
 from .policies import BLOCK, H2O, Policy, gather_tokens
@@ -214,7 +215,7 @@ class LessLayer(CacheLayerMixin):
         start = 0 if old or (policy.needs_probabilities and policy.sums_queries) else S - 1 if policy.needs_probabilities else S
         columns, outputs = torch.zeros(B, Hkv, q.shape[1] // Hkv, old + S, dtype=wide, device=k.device), []
         if start == 0 and not old and fused.wanted(q):
-            columns, start = fused.column_sums(q, k, real, scaling), S
+            columns, start = triton.column_sums(q, k, real, scaling), S
         for a in range(start, S, BLOCK):
             b = min(a + BLOCK, S)
             logits = (q[:, :, a:b].to(wide) * scaling).unflatten(1, (Hkv, -1)) @ k[:, :, : old + b].to(wide).mT[:, :, None]

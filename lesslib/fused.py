@@ -33,10 +33,6 @@ def step(layer: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scali
     return out
 
 
-def column_sums(q: Tensor, k: Tensor, real: Tensor, scaling: float) -> Tensor:
-    return triton.column_sums(q, k, real, scaling)
-
-
 def lowrank_attention(phi: Tensor, psi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`ops.scan.lowrank_attention`, by either form."""
     return (triton if wanted(phi) else scan).lowrank_attention(phi, psi, v)

@@ -88,9 +88,8 @@ class Bench:
         self.shape, self.dtype = model_shape(self.model), dtype
         self.policy = H2O.from_budget(max(4, int(load.fraction * (load.prompt + load.generate)) // 2 * 2))
         self.kernels = Kernels.new(self.shape, 8, load.hidden).to(self.device, dtype)
-        self.step: Any = self.model
-        if load.compiled:
-            self.step = torch.compile(self.model, fullgraph=True, mode="reduce-overhead" if self.device.type == "cuda" else None)
+        graphs = "reduce-overhead" if self.device.type == "cuda" else None
+        self.step: Any = torch.compile(self.model, fullgraph=True, mode=graphs) if load.compiled else self.model
 
     def settings(self, method: str) -> tuple[H2O, Kernels | None]:
         return self.policy.plus(4) if method == "Baseline+" else self.policy, self.kernels if method == "LESS" else None
@@ -182,9 +181,7 @@ def serve(load: Load, methods: tuple[str, ...] = METHODS, runs: int = RUNS) -> d
             row["prompt_s"].append(round(took["prompt"], 4))
             row["decode_s"].append(round(took["decode"], 4))
             row["bytes"] = took["bytes"]
-    for method, row in found.items():
-        if "out_of_memory" in row:
-            continue
+    for method, row in ((m, r) for m, r in found.items() if "bytes" in r):
         seconds = statistics.median(a + b for a, b in zip(row["prompt_s"], row["decode_s"], strict=True))
         moved = bench.weights(method) + row["rows"] * bench.row_bytes(method)
         row |= {
