@@ -7,7 +7,8 @@ import pytest
 from lesslib.run import NOTEBOOKS, Notebook
 
 NAMES = ("00_tour", "01_low_rank_residuals", "02_training_kernels", "03_language_modeling", "04_sparse_policies", "05_classification",
-         "06_summarization", "07_attention_maps", "08_kernel_size", "09_prompt_length", "12_scoreboard", "13_generate")  # fmt: skip
+         "06_summarization", "07_attention_maps", "08_kernel_size", "09_prompt_length", "10_latency_throughput",
+         "11_breakdown_memory", "12_scoreboard", "13_generate")  # fmt: skip
 ABSOLUTE = re.compile(r"(?<![\w.:/])/(home|Users|root|tmp|work|workspace|mnt|content|opt|usr|var|private|data)/|[A-Z]:\\\\?Users")
 
 each = pytest.mark.parametrize("name", NAMES)
