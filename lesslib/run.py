@@ -115,7 +115,7 @@ def preflight(profile: Profile, record: Record, todo: list[Notebook], compute: b
     if gpu < profile.gpu_gib:
         yield f"profile {profile.name} needs a GPU of {profile.gpu_gib:g} GiB, here: {gpu:.0f}; use --profile wild or tiny"
     code = "".join(source for n in todo for source, _ in n.cells)
-    if "experiments." not in code and "downstream." not in code:
+    if "serving." in code and "experiments." not in code and "downstream." not in code:
         return  # random weights, random tokens
     yield from filter(None, map(missing, dict.fromkeys(profile.evaluation + profile.training)))
     if "downstream." in code:

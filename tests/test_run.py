@@ -422,6 +422,17 @@ def test_a_folder_of_models_that_is_not_there_is_named(home, capsys, monkeypatch
     assert f"LESS_MODELS={home / 'nowhere'} is not a folder; correct it" in capsys.readouterr().err
 
 
+def test_notebooks_of_random_weights_need_neither_models_nor_texts(home, monkeypatch):
+    monkeypatch.setattr(data, "hub_reachable", lambda: False)
+    monkeypatch.setattr("lesslib.models.folder_of", lambda name: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(data, "missing", lambda name: f"corpus {name!r} is missing")
+    write(home, "00_one", "1 + 1  # serving.latency(profile, seed)")
+    assert main() == 0
+    write(home, "00_one", "1 + 1  # serving.latency(profile, seed), experiments.tour(profile, seed)")
+    assert main() == 2
+
+
 @pytest.mark.parametrize(("cell", "models"), [
     ("1 + 1", {"llama"}), ("downstream.classification(profile, seed)", {"llama", "llama of tasks"}),
     ('downstream.summarization(profile, "wide", seed)', {"llama", "llama of tasks", "wide of tasks"}),
