@@ -237,10 +237,10 @@ def parts(load: Load, methods: tuple[str, ...] = ("Full, static", "Baseline+", "
         raise ValueError(f"generate is {load.generate}: {steps} steps timed in two ways need at least {2 * (WARM_UP + steps)}")
     bench = Bench(load)
     caches, tokens = {m: bench.cache(m) for m in methods}, dict[str, Tensor]()
-    ids = torch.randint(0, bench.model.config.vocab_size, (load.batch, load.prompt), device=bench.device)
     times = {m: {part: list[float]() for part in (*PARTS, "total", "unobserved")} for m in methods}
     with torch.no_grad():
         for m in methods:
+            ids = torch.randint(0, bench.model.config.vocab_size, (bench.rows(m), load.prompt), device=bench.device)
             with bench.attention(m):
                 tokens[m] = bench.model(ids, past_key_values=caches[m], logits_to_keep=1).logits[:, -1:].argmax(-1)
         for i, m in ((i, m) for i in range(WARM_UP + steps) for m in methods):
@@ -294,9 +294,9 @@ def main(argv: list[str] | None = None) -> None:
     keep_memory()
     try:
         load = Load(**{name: getattr(a, name) for name in asdict(Load("pico", 2, 2, 1))})
+        found = parts(load) if a.parts else serve(load, tuple(a.methods), a.runs)
     except ValueError as e:
         p.error(str(e))
-    found = parts(load) if a.parts else serve(load, tuple(a.methods), a.runs)
     print(f"{load}; {torch.get_num_threads()} threads, torch {torch.__version__}")
     first = next(iter(found.values()))
     for method, row in found.items():

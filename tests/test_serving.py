@@ -110,6 +110,13 @@ def test_the_parts_of_a_step():
         parts(Load("pico", 40, 23, 2), steps=4)
 
 
+def test_parts_are_of_as_many_rows_as_are_served(monkeypatch):
+    caches, empty, load = [], Bench.cache, Load("pico", 40, 24, cache_mib=1, hidden=16)
+    monkeypatch.setattr(Bench, "cache", lambda self, method: caches.append(empty(self, method)) or caches[-1])
+    parts(load, methods=("LESS",), steps=4)
+    assert caches[0].layers[0].batch_size == Bench(load).rows("LESS") > 1
+
+
 def test_a_copys_bandwidth_is_that_of_memory():
     assert 1e8 < copy_bandwidth(torch.device("cpu"), mib=64) < 1e13
 
@@ -175,6 +182,9 @@ def test_the_command_prints_ratios_and_writes_json(capsys, home):
     with pytest.raises(SystemExit):
         serving.main(load)
     assert "batch 0 and cache_mib 0: give one of the two" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        serving.main([*load, "--batch", "2", "--parts"])
+    assert "generate is 12: 32 steps timed in two ways need at least 80" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["Full", "Baseline", "LESS"])
