@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("--keep-going", action="store_true", help="go on after a notebook that fails")
     p.add_argument("--refresh", action="store_true", help="also write the executed notebooks back into notebooks/, with outputs")
     p.add_argument("--list", action="store_true", help="show the notebooks and what would be run")
-    p.add_argument("--test", action="store_true", help="run the tests; further arguments go to pytest")
+    p.add_argument("--test", action="store_true", help="run the tests, on up to 4 cores; further arguments go to pytest")
     p.add_argument("--lab", action="store_true", help="open JupyterLab on the notebooks; further arguments go to it")
     o, extra = p.parse_known_args(arguments)
     if extra and not (o.test or o.lab):
@@ -262,14 +262,14 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["LESS_LIMIT"] = "" if o.test else o.limit or os.environ.get("LESS_LIMIT", "")
     paths = sorted(NOTEBOOKS.glob("*.ipynb"))
     if o.test:  # pytest on tests/ and, under `smoke`, on the verdict cells of the notebooks
-        command = [sys.executable, "-m", "pytest", "tests", *map(str, paths), "--nbval-lax", "--nbval-current-env", *extra]
+        how = ["--nbval-lax", "--nbval-current-env", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]  # by file: cells in order
+        command = [sys.executable, "-m", "pytest", "tests", *map(str, paths), *how, *extra]
         with tempfile.TemporaryDirectory() as folder:
             return subprocess.call(command, cwd=ROOT, env=environment("smoke", LESS_RESULTS=folder))
-    notebooks = [Notebook(path) for path in paths]
-    numbers = [n.number for n in notebooks]
+    notebooks = {n.number: n for n in map(Notebook, paths)}
     wanted = [w for only in o.only for w in only.split(",") if w]
-    chosen = [n for n in notebooks if n.number in wanted or not wanted]
-    problems = [f"--only {w}: no such notebook; there are {', '.join(numbers)}" for w in wanted if w not in numbers]
+    chosen = [n for number, n in notebooks.items() if number in wanted or not wanted]
+    problems = [f"--only {w}: no such notebook; there are {', '.join(notebooks)}" for w in wanted if w not in notebooks]
     problems += [why for n in chosen if (why := n.problem()) is not None]
     try:
         profile = get_profile(o.profile)

@@ -105,6 +105,7 @@ GOOD = gzip.compress((json.dumps({"text": "word " * 5000}) + "\n").encode(), mti
         (gzip.compress(b"[1, 2]\n"), "line 1"),
         (gzip.compress(b'{"text": "\xff"}\n'), "damaged"),
     ],
+    ids=range(11),  # not the bytes, in which gzip puts the time
 )
 def test_a_damaged_or_empty_file_is_named_with_the_fix(folder, content, says):
     path = folder / "c4.jsonl.gz"
