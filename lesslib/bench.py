@@ -115,8 +115,7 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
         with layer_pool(model.device) as pool:
             once = seconds(pool.map, prepare) if scheme == "ours" else 0.0
             taken = min(seconds(pool.map, ours if scheme == "ours" else stepwise) for _ in range(epochs))
-    peak = peak_memory()
-    peak_mib = None if held is None or peak is None else round(peak - held, 1)
+    peak_mib = None if held is None or (peak := peak_memory()) is None else round(peak - held, 1)
     return {"seconds_epoch": round(taken, 4), "seconds_once": round(once, 4), "peak_mib": peak_mib}
 
 
@@ -176,7 +175,7 @@ def decode_times(
     caches = {(m, n): filled_cache(model, m, policy, kernels, batch, n, 2 * steps + RUN) for m in methods for n in contexts}
     times: dict[tuple[str, int], list[float]] = {key: [] for key in caches}
     tokens = torch.randint(0, model.config.vocab_size, (batch, 1))
-    calls = {m: torch.compile(model, fullgraph=True) if compiled else model for m in methods}
+    calls = {m: torch.compile(model, fullgraph=True, dynamic=False) if compiled else model for m in methods}  # slots differ
     for _ in range(-(-2 * steps // RUN)):
         for (method, n), cache in caches.items():
             with contextlib.nullcontext() if method == "Full" else less(model):
@@ -222,8 +221,7 @@ def scoring(name: str, length: int, batch: int, method: str, hidden: int, runs: 
             begun = time.perf_counter()
             model(ids, use_cache=False, logits_to_keep=1)
             seconds.append(time.perf_counter() - begun)
-    peak = peak_memory()
-    return min(seconds), None if held is None or peak is None else peak - held
+    return min(seconds), None if held is None or (peak := peak_memory()) is None else peak - held
 
 
 def print_scoring(a: argparse.Namespace) -> None:
@@ -288,11 +286,9 @@ def main(argv: list[str] | None = None) -> None:
     s.add_argument("--runs", type=int, default=3, help="of which the quickest counts")
     a = p.parse_args(argv)
     if a.which == "score":
-        print_scoring(a)
-        return
+        return print_scoring(a)
     if a.which == "train":
-        print_training(a.lengths, a.sequences, a.fraction, a.hidden, a.dropout)
-        return
+        return print_training(a.lengths, a.sequences, a.fraction, a.hidden, a.dropout)
     keep_memory()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     if a.generate:

@@ -57,6 +57,10 @@ class LayerKernels(nn.Module):
         # Of many tokens, features before tokens, [hidden, S] and [R, S]: with R in the last place a CPU's matmuls take three times as long.
         # Of a few, as in decoding, it is the transposed weights that do.
         x, few = x.to(w1.dtype), x.shape[-2] <= FEW
+        one = x.shape[:-1].numel() == len(w1) and x.dtype == torch.float32 and x.device.type == "cpu"
+        if one and torch.compiler.is_compiling() and not self.training:  # for a matmul of one row it writes loops that take twice as long
+            hidden = torch.baddbmm(x.new_zeros(()), x.reshape(-1, 1, x.shape[-1]), w1, beta=0)
+            return F.gelu((F.gelu(hidden) * w2.mT).sum(-1)).reshape(*x.shape[:-1], -1)
         hidden = x @ w1 if few else w1.mT @ x.mT
         if self.training and self.dropout:
             kept = torch.empty_like(hidden).bernoulli_(1 - self.dropout, generator=self.generator)

@@ -89,7 +89,7 @@ class Bench:
         self.policy = H2O.from_budget(max(4, int(load.fraction * (load.prompt + load.generate)) // 2 * 2))
         self.kernels = Kernels.new(self.shape, 8, load.hidden).to(self.device, dtype)
         graphs = "reduce-overhead" if self.device.type == "cuda" else None
-        self.step: Any = torch.compile(self.model, fullgraph=True, mode=graphs) if load.compiled else self.model
+        self.step: Any = torch.compile(self.model, fullgraph=True, dynamic=False, mode=graphs) if load.compiled else self.model
 
     def settings(self, method: str) -> tuple[H2O, Kernels | None]:
         return self.policy.plus(4) if method == "Baseline+" else self.policy, self.kernels if method == "LESS" else None

@@ -145,6 +145,14 @@ def test_sizes_that_cannot_be(make, says):
         make()
 
 
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 3)])
+def test_compiled_features_are_the_same(dtype, tokens):
+    layer = Kernels.new(SHAPE, 3, 7)[0].eval().to(dtype)
+    q, k = (torch.randn(1, SHAPE[heads], tokens, SHAPE["head_dim"]) for heads in ("heads", "kv_heads"))
+    for feature, x in ((layer.phi, q), (layer.psi, k)):
+        torch.testing.assert_close(torch.compile(feature, backend="eager", fullgraph=True)(x), feature(x))
+
+
 # ---------------------------------------------------------------- checkpoints
 def test_save_and_load_give_the_same_kernels(kernels, path):
     loaded = Kernels.load(path)
