@@ -30,7 +30,7 @@ from .policies import H2O, Full, Policy, budget_of
 from .train import LayerTrainer, Recipe, capture_layers, features, layer_pool
 
 SCHEMES = ("ours", "stepwise", "stepwise, layers in parallel")
-EPOCHS = 3  # the fastest counts: the first fills the allocator, and a shared machine is slow at times
+EPOCHS = 5  # the fastest counts: the first fills the allocator, and a shared machine is slow at times
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
     optimizers = {i: torch.optim.Adam(kernels[i].parameters(), lr=recipe.lr, fused=True) for i in modules}
     data, batches = capture_layers(model, windows, list(modules)), torch.arange(sequences).split(recipe.batch)
     trainers, layers = {}, [cast(LayerKernels, layer.train()) for layer in kernels.layers]
-    epochs = EPOCHS if scheme == "ours" or length <= 1024 else 1  # of 20 s, which an allocator's filling does not change
+    epochs = EPOCHS if scheme == "ours" else 2 if length <= 1024 else 1  # of 20 s, which an allocator's filling does not change
 
     def prepare(i: int) -> None:
         trainers[i] = LayerTrainer(data[i], policy, projections[i], validation=1, batch=recipe.batch)
