@@ -261,7 +261,7 @@ def recipes(profile: str, seed: int = 0) -> dict:
 def training_speed(profile: str, seed: int = 0) -> dict:
     """Seconds and peak memory of one epoch, ours and the step-by-step scheme, each case in a fresh process."""
     p = get_profile(profile)
-    case = {"sequences": 4, "fraction": 0.05, "hidden": p.hidden, "dropout": p.dropout, "seed": seed}
+    case = {"sequences": 8, "fraction": 0.05, "hidden": p.hidden, "dropout": p.dropout, "seed": seed}
     cases = [(s, n) for s, longest in zip(SCHEMES, (4096, 2048, 1024), strict=True) for n in LENGTHS if n <= longest]
     points = {f"{s} {n}": {"scheme": s, "length": n, **case} for s, n in cases if n == LENGTHS[0] or not p.quick}
     return record("training_speed", profile, seed, points, measure, "topics-train")

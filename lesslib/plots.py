@@ -99,7 +99,7 @@ def training_speed(record: dict) -> Figure:
         rows = sorted((p["parameters"]["length"], p) for p in record["points"].values() if p["parameters"]["scheme"] == scheme)
         for panel, key in ((left, "seconds_epoch"), (right, "peak_mib")):
             panel.loglog([n for n, _ in rows], [p[key] for _, p in rows], "o-", color=tint, label=scheme, base=2)
-    left.set(xlabel="tokens a window", ylabel="seconds an epoch of 8 windows", title="time")
+    left.set(xlabel="tokens a window", ylabel=f"seconds an epoch of {rows[0][1]['parameters']['sequences']} windows", title="time")
     right.set(xlabel="tokens a window", ylabel="peak memory above the start, MiB", title="memory")
     left.legend()
     return figure
