@@ -30,7 +30,7 @@ from .policies import H2O, Full, Policy, budget_of
 from .train import LayerTrainer, Recipe, capture_layers, features, layer_pool
 
 SCHEMES = ("ours", "stepwise", "stepwise, layers in parallel")
-TIMED = 5.0  # seconds of epochs, at least two, of which the fastest counts: the first fills the allocator, and a shared machine is slow at times
+TIMED = 5.0  # seconds of epochs, at least two; the fastest counts: the first fills the allocator, and a shared machine is slow at times
 
 
 @torch.no_grad()
