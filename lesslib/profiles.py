@@ -40,7 +40,7 @@ class Profile:
 PROFILES = {p.name: p for p in (
     Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=8, max_windows=16, fractions=(0.05,),
             quick=True, carried=True, sequences=12, validation=4, epochs=3, halve_every=1),
-    Profile("tiny", "two CPU cores, offline, 20 min", batch=14, carried=True),
+    Profile("tiny", "two CPU cores, offline, 15 min", carried=True),
     Profile("wild", "two CPU cores, 60 min, $LESS_DATA or the hub", evaluation=("wikitext2", "books"), training=("c4",),
             windows_per_document=6, max_windows=60, sequences=208, validation=16, epochs=6, halve_every=2, disk_gib=3.0),
     Profile("paper", "one 80 GiB GPU, the hub, hours", model="meta-llama/Llama-2-7b-hf",

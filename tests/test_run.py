@@ -319,8 +319,8 @@ def test_test_hands_over_to_pytest_under_smoke_with_results_elsewhere(home, monk
     assert run.main(["--lab", "--profile", "wild", "--no-browser"]) == 5
     (pytest_command, env), (lab_command, lab_env) = calls
     assert pytest_command[1:4] == ["-m", "pytest", "tests"]
-    assert pytest_command[4:7] == [str(run.NOTEBOOKS / "00_one.ipynb"), "--nbval-lax", "--nbval-current-env"]
-    assert pytest_command[-6:] == ["--maxprocesses", "4", "--dist", "loadfile", "-k", "policies"]
+    how = ["--nbval-lax", "--nbval-current-env", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    assert pytest_command[4:] == [str(run.NOTEBOOKS / "00_one.ipynb"), *how, "-k", "policies"]
     assert (env["LESS_PROFILE"], env.get("LESS_FROM_RESULTS")) == ("smoke", None)
     assert env["LESS_RESULTS"] != os.environ["LESS_RESULTS"]
     assert lab_command[1:4] == ["-m", "jupyterlab", str(run.NOTEBOOKS)]
