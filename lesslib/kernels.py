@@ -44,7 +44,8 @@ class LayerKernels(nn.Module):
         super().__init__()
 
         def drawn(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape, generator=generator) * shape[-2] ** -0.5)
+            weights = torch.randn(shape, generator=generator) * shape[-2] ** -0.5
+            return nn.Parameter(weights if shape[-2] <= shape[-1] else weights.mT.contiguous().mT)  # its sums read in order
 
         self.dropout = dropout
         self.generator: torch.Generator | None = None  # of dropout; layers that train at the same time have one each
@@ -59,8 +60,9 @@ class LayerKernels(nn.Module):
         x, few = x.to(w1.dtype), x.shape[-2] <= FEW
         one = x.shape[:-1].numel() == len(w1) and x.dtype == torch.float32 and x.device.type == "cpu"
         if one and torch.compiler.is_compiling() and not self.training:  # for a matmul of one row it writes loops that take twice as long
-            hidden = torch.baddbmm(x.new_zeros(()), x.reshape(-1, 1, x.shape[-1]), w1, beta=0)
-            return F.gelu((F.gelu(hidden) * w2.mT).sum(-1)).reshape(*x.shape[:-1], -1)
+            hidden = F.gelu(torch.baddbmm(x.new_zeros(()), x.reshape(-1, 1, x.shape[-1]), w1, beta=0))
+            hidden = hidden.as_strided(hidden.shape, hidden.stride())  # stored: in the sum's loops it would come R times, without SIMD
+            return F.gelu((hidden * w2.mT).sum(-1)).reshape(*x.shape[:-1], -1)
         hidden = x @ w1 if few else w1.mT @ x.mT
         if self.training and self.dropout:
             kept = torch.empty_like(hidden).bernoulli_(1 - self.dropout, generator=self.generator)

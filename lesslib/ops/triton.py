@@ -185,7 +185,7 @@ def _features_kernel(x, w1, w2, w3, s1, s2, out, batch_stride, head_stride, toke
     u = tl.zeros([ROWS, RP], tl.float32)
     for start in range(0, hidden, BLOCK):  # the hidden layer is never stored
         j = start + tl.arange(0, BLOCK)
-        W1, W2 = _tile(w1 + h * D * hidden, d, j, d < D, hidden), _tile(w2, h * hidden + j, r, j < hidden, R)
+        W1, W2 = _tile(w1 + h * D * hidden, d, j, d < D, hidden), tl.trans(_tile(w2 + h * R * hidden, r, j, r < R, hidden))
         u += _dot(_gelu(_dot(X, W1)).to(W2.dtype), W2)
     u = _gelu(u)
     if w3 is not None:  # psi has scales and a residual
@@ -204,7 +204,7 @@ def features(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None = None, s1: Te
     (B, heads, S, D), hidden, R = x.shape, w1.shape[-1], w2.shape[-1]
     x, block = x if x.stride(-1) == 1 else x.contiguous(), _block(D, w1.itemsize)
     out, rows = x.new_empty(B, heads, S, R, dtype=torch.float32), 16 if B * S <= 16 else block
-    _run(_features_kernel, (heads, -(-B * S // rows)), x, *_flat(w1, w2, w3, s1, s2), out, *x.stride()[:3], heads, S, B * S, hidden,
+    _run(_features_kernel, (heads, -(-B * S // rows)), x, *_flat(w1, w2.mT, w3, s1, s2), out, *x.stride()[:3], heads, S, B * S, hidden,
          D=D, R=R, DP=_padded(D), RP=_padded(R), ROWS=rows, BLOCK=block, num_stages=2)  # fmt: skip
     return out
 
