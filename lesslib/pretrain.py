@@ -5,7 +5,7 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForC
 
 from .data import Corpus, Document, encode, load_corpus
 from .evaluate import Window, perplexity
+from .grow import grown_falcon, merge_heads, multi_query
 from .hf import replace_attention
 from .models import autocast, keep_memory, load_model
 from .parallel import dense_attention
@@ -62,6 +63,8 @@ def new_wide(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 NEW = {"new-falcon": new_falcon, "new-wide": new_wide}
+GROWN = "grown-falcon"  # out of the teacher
+TRUTH = 0.25  # what the text's own next token weighs beside a teacher's probabilities
 
 
 def split(corpora: dict[str, Corpus]) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
@@ -111,30 +114,58 @@ class Windows:
         return [Window(d, tuple(self.at(start).tolist()), words=0) for d, start in chosen]
 
 
-def weighted_loss(logits: torch.Tensor, ids: torch.Tensor, colon: int, newline: int, weight: float) -> torch.Tensor:
-    """Mean cross-entropy of logits [B, S, V] on ids [B, S]; what follows a colon in its line, as answers do, counts `weight` times."""
+def weighted_loss(
+    logits: torch.Tensor, ids: torch.Tensor, colon: int, newline: int, weight: float, teacher: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy of logits [B, S, V] on ids [B, S]; what follows a colon in its line, as answers do, counts `weight` times.
+
+    With a `teacher`'s logits [B, S, V], on its probabilities, to which the next token adds `TRUTH`.
+    """
     at = [torch.where(ids == token, torch.arange(ids.shape[1], device=ids.device), -1) for token in (colon, newline)]
     weights = torch.where(at[0].cummax(1).values > at[1].cummax(1).values, weight, 1.0)  # the last one so far
     weights[:, -1] = 0  # nothing follows; kept, since logits without a row would have to be copied
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), ids.roll(-1, 1).flatten(), reduction="none")
+    target = ids.roll(-1, 1).flatten()
+    if teacher is not None:
+        probabilities = teacher.float().softmax(-1).flatten(0, 1)
+        target = probabilities.scatter_add_(1, target[:, None], torch.full_like(probabilities[:, :1], TRUTH))
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), target, reduction="none")
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
 def pretrain(
     start: str, out: Path, minutes: float, tokens: int, batch: int, lr: float, seed: int, windows: int, stories: float = 0.0,
-    answers: float = 1.0, echoes: float = 0.0, save_every: float = 240,
+    answers: float = 1.0, echoes: float = 0.0, teacher: str = "", merge: float = 0.0, save_every: float = 240,
 ) -> dict:  # fmt: skip
-    """Continue `start` (a carried model, a folder, a hub name, or one of NEW) into `out`; returns the model card beside the weights.
+    """Continue `start` (a carried model, a folder, a hub name, one of NEW, or GROWN) into `out`; returns the model card beside the weights.
 
-    A second call resumes at the last checkpoint; on CPU with the same weights as an uninterrupted run that the limit on tokens ends.
-    Raises ValueError for a checkpoint that is damaged or of other settings, FloatingPointError for a loss that is not finite.
+    With a `teacher`, a model of the same vocabulary, the loss is on its probabilities. A Falcon grown out of it becomes multi-query within
+    the first `merge` of the tokens, and the learning rate decays after that. A second call resumes at the last checkpoint; on CPU with
+    the same weights as an uninterrupted run that the limit on tokens ends. Raises ValueError for settings that do not fit and for a
+    checkpoint that is damaged or of other ones, FloatingPointError for a loss that is not finite.
     """
-    model, tokenizer = NEW[start](seed) if start in NEW else load_model(start, "cpu", torch.float32)
-    model = cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
+    if (start == GROWN) != (0 < merge < 1) or (start == GROWN and not teacher):
+        given = f"--start {start} was given --teacher {teacher!r} --merge {merge:g}"
+        raise ValueError(f"{given}: {GROWN} needs a teacher and a merge between 0 and 1, and no other start takes a merge")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    guide: Any = load_model(teacher, device, torch.float32) if teacher else None
+    begun_from: Any = guide if start == GROWN else NEW[start](seed) if start in NEW else load_model(start, "cpu", torch.float32)
+    model, tokenizer = begun_from[0].to(device), begun_from[1]
     mix = {name: (1 - stories) * share for name, share in MIX.items()} | ({"stories-train": stories} if stories else {})
     length, corpora = model.config.max_position_embeddings, {name: load_corpus(name) for name in mix}
     train, held = ({n: Windows(token_file(out, n, d, tokenizer), length, tokenizer.bos_token_id) for n, d in part.items()}
                    for part in split(corpora))  # fmt: skip
+
+    def draw(step: int, batch: int = batch, seed: int = seed) -> torch.Tensor:
+        """The windows of a step, [batch, length]."""
+        rng = np.random.default_rng((seed, step))  # by step, so that a resumed run draws what an uninterrupted one would
+        texts = [train[n] for n in rng.choice(list(mix), size=batch, p=list(mix.values()))]
+        rows = np.stack([t.at(int(rng.integers(len(t.tokens)))) for t in texts])
+        for i in np.flatnonzero(rng.random(batch) < echoes):
+            rows[i, 1:] = np.resize(rows[i, 1 : 2 + int(rng.integers(length // 4))], length - 1)
+        return torch.from_numpy(rows).to(device)
+
+    if start == GROWN:
+        model = grown_falcon(model, (draw(step, 8, 99) for step in range(25)), seed).to(device)
 
     def heldout_losses() -> dict[str, dict]:
         scores = {name: perplexity(model, text.inside(windows)) for name, text in held.items()}
@@ -144,6 +175,7 @@ def pretrain(
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix], "weight_decay": 0.1 * matrix} for matrix in (1, 0)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     settings: dict[str, Any] = {"batch": batch, "lr": lr, "seed": seed, "stories": stories, "answers": answers, "echoes": echoes}
+    settings |= {"teacher": teacher, "merge": merge}
     settings["data"] = {n: c.sha256 for n, c in corpora.items()}
     step, spent, checkpoint = 0, 0.0, out / "checkpoint.pt"
     if state := read_torch(checkpoint, "delete it to start over", model.device):
@@ -168,25 +200,25 @@ def pretrain(
             if done >= 1:
                 break
             for g in optimizer.param_groups:
-                g["lr"] = lr * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * (1 - done))
-            rng = np.random.default_rng((seed, step))  # by step, so that a resumed run draws what an uninterrupted one would
-            texts = [train[n] for n in rng.choice(list(mix), size=batch, p=list(mix.values()))]
-            rows = np.stack([t.at(int(rng.integers(len(t.tokens)))) for t in texts])
-            for i in np.flatnonzero(rng.random(batch) < echoes):
-                rows[i, 1:] = np.resize(rows[i, 1 : 2 + int(rng.integers(length // 4))], length - 1)
-            x = torch.from_numpy(rows).to(model.device)
-            with autocast(model.device):
-                loss = weighted_loss(model(input_ids=x, use_cache=False).logits, x, colon, newline, answers)
+                g["lr"] = lr * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * min(1.0, (1 - done) / (1 - merge)))
+            x = draw(step)
+            with autocast(device):
+                with torch.no_grad():
+                    shown = guide[0](input_ids=x, use_cache=False).logits if guide else None
+                loss = weighted_loss(model(input_ids=x, use_cache=False).logits, x, colon, newline, answers, shown)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            if merge:
+                merge_heads(model, 1 / max(1, int(merge * int(tokens / (batch * length))) - step))
             if step % 50 == 0:
                 if not loss.isfinite():
                     raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower --lr from {lr:g}")
                 print(f"{now - begun:.0f} s, step {step}, {seen / 1e6:.2f}M tokens, loss {loss.item():.3f}, {done:.0%} done", flush=True)
             step += 1
 
+    model = multi_query(model) if merge else model
     model.eval().half().save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     model.float()  # of the weights as saved
@@ -194,7 +226,8 @@ def pretrain(
     card = {
         "command": f"python -m lesslib.pretrain --start {Path(start).name} --out OUT --minutes {minutes:g} --tokens {tokens} "
         f"--batch {batch} --lr {lr:g} --seed {seed} --windows {windows}"
-        + "".join(f" --{x} {settings[x]:g}" for x in ("stories", "answers", "echoes") if settings[x] != (x == "answers")),
+        + "".join(f" --{x} {settings[x]:g}" for x in ("stories", "answers", "echoes", "merge") if settings[x] != (x == "answers"))
+        + (f" --teacher {Path(teacher).name}" if teacher else ""),
         "data": {n: c.record() | {"share": round(mix[n], 4), "held_out_documents": HELD_OUT.get(n, 0)} for n, c in corpora.items()},
         "parameters": model.num_parameters(), "context": length, "vocabulary": model.config.vocab_size, "seed": seed, "steps": step,
         "tokens_seen_millions": round(seen / 1e6, 2), "minutes": round((now - begun) / 60, 1),
@@ -207,7 +240,7 @@ def pretrain(
 
 def main() -> None:
     p = argparse.ArgumentParser("python -m lesslib.pretrain", None, __doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--start", required=True, help=f"model to continue: a carried one, a folder, a hub name, or {', '.join(NEW)}")
+    p.add_argument("--start", required=True, help=f"model to continue: a carried one, a folder, a hub name, {', '.join(NEW)}, {GROWN}")
     p.add_argument("--out", type=Path, required=True, help="folder for token files, the checkpoint and the final model/")
     p.add_argument("--minutes", type=float, default=60.0, help="end the run and the learning-rate decay after this wall time (or inf)")
     p.add_argument("--tokens", type=int, default=100_000_000, help="or after this many tokens, whichever comes first")
@@ -218,6 +251,8 @@ def main() -> None:
     p.add_argument("--stories", type=float, default=0.0, help="share of the windows that are of storyworld's stories and tasks")
     p.add_argument("--answers", type=float, default=1.0, help="how often a token that follows a colon in its line counts in the loss")
     p.add_argument("--echoes", type=float, default=0.0, help="share of the windows that say one stretch over and over, to learn copying")
+    p.add_argument("--teacher", default="", help="model whose probabilities are learned beside the text")
+    p.add_argument("--merge", type=float, default=0.0, help=f"share of the tokens within which heads of {GROWN} become one")
     p.add_argument("--save-every", type=float, default=240.0, help="seconds between checkpoints")
     keep_memory()
     pretrain(**vars(p.parse_args()))

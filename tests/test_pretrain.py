@@ -55,9 +55,12 @@ def test_the_split_holds_out_the_same_documents_every_time(corpora):
     assert not {d.text for d in held["topics"]} & {d.text for d in train["topics-train"]}
 
 
+@pytest.mark.parametrize("begun", ["continued", "grown"])
 @pytest.mark.parametrize("kind", ["exception in a step", "kill after a checkpoint"])
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(start, corpora, tmp_path, monkeypatch, capsys, kind):
-    whole = pretrain(start, tmp_path / "whole", **SETTINGS)
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(start, corpora, tmp_path, monkeypatch, capsys, kind, begun):
+    monkeypatch.setattr("lesslib.grow.FIT", 2)
+    given, settings = (start, SETTINGS) if begun == "continued" else (module.GROWN, SETTINGS | {"teacher": start, "merge": 0.5})
+    whole = pretrain(given, tmp_path / "whole", **settings)
     saves = []
 
     def save(path, state):
@@ -78,15 +81,41 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(start, corpora,
         patch.setattr(module, "write_torch", save)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
         with pytest.raises((KeyboardInterrupt, RuntimeError)):
-            pretrain(start, tmp_path / "cut", **SETTINGS, save_every=0)
+            pretrain(given, tmp_path / "cut", **settings, save_every=0)
     assert saves == [1, 2, 3]
-    cut = pretrain(start, tmp_path / "cut", **SETTINGS)
+    cut = pretrain(given, tmp_path / "cut", **settings)
     assert "resumed at step 3" in capsys.readouterr().out
     assert cut["heldout_loss_by_position"] == whole["heldout_loss_by_position"]
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(one[n], other[n]) for n in one)
-    before = load_model(start, "cpu")[0].state_dict()
-    assert any(not torch.equal(one[n], before[n].half().float()) for n in one)  # and it did train
+    if begun == "grown":
+        assert one["transformer.h.1.self_attention.query_key_value.weight"].shape == (2 * 4 + 2 * 4, 8)  # two queries, one key, one value
+    else:
+        before = load_model(start, "cpu")[0].state_dict()
+        assert any(not torch.equal(one[n], before[n].half().float()) for n in one)  # and it did train
+
+
+@pytest.mark.parametrize(("given", "merge"), [(module.GROWN, 0.0), (module.GROWN, 1.0), (None, 0.5)])
+def test_merging_belongs_to_a_grown_model(start, tmp_path, given, merge):
+    with pytest.raises(ValueError, match=f"--merge {merge:g}: grown-falcon needs a teacher and a merge between 0 and 1"):
+        pretrain(given or start, tmp_path, **SETTINGS, teacher=start, merge=merge)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_counts_beside_the_text():
+    """On its own logits a model's loss is the teacher's entropy and TRUTH times its loss on the text, weights as without a teacher."""
+    generator = torch.Generator().manual_seed(0)
+    logits, ids = torch.randn(2, 9, 5, generator=generator), torch.randint(0, 5, (2, 9), generator=generator)
+    p = logits[:, :-1].softmax(-1)
+    weights = torch.ones(2, 8)
+    for b in range(2):
+        inside = False
+        for t in range(8):
+            inside = ids[b, t] == 3 or (inside and ids[b, t] != 4)  # 3 for a colon, 4 for a newline
+            weights[b, t] = 7.0 if inside else 1.0
+    entropy = ((-(p * p.log()).sum(-1)) * weights).sum() / weights.sum()
+    text = weighted_loss(logits, ids, 3, 4, 7.0)
+    assert weighted_loss(logits, ids, 3, 4, 7.0, logits).item() == pytest.approx((entropy + module.TRUTH * text).item(), rel=1e-5)
 
 
 def test_the_learning_rate_does_not_follow_the_clock_while_tokens_bind(start, corpora, tmp_path, monkeypatch):
@@ -234,7 +263,8 @@ def test_the_command_line_passes_every_setting(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", f"pretrain --start a --out {tmp_path} --minutes inf --lr 0.1 --windows 5".split())
     module.main()
     assert seen == {"start": "a", "out": tmp_path, "minutes": math.inf, "tokens": 100_000_000, "batch": 8, "lr": 0.1, "seed": 0,
-                    "windows": 5, "stories": 0.0, "answers": 1.0, "echoes": 0.0, "save_every": 240}  # fmt: skip
+                    "windows": 5, "stories": 0.0, "answers": 1.0, "echoes": 0.0, "teacher": "", "merge": 0.0,
+                    "save_every": 240}  # fmt: skip
 
 
 def test_the_wide_model_begins_as_the_same_function_of_twice_the_parameters():

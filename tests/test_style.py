@@ -14,7 +14,7 @@ FILES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 # also loads the kernels that were trained for its models.
 ORDER = [
     {"run"}, {"experiments", "downstream", "serving", "scoreboard", "claims", "plots"},
-    {"train", "evaluate", "answers", "bench", "pretrain", "harness"}, {"hf"}, {"cache", "parallel", "fused"},
+    {"train", "evaluate", "answers", "bench", "pretrain", "grow", "harness"}, {"hf"}, {"cache", "parallel", "fused"},
     {"ops", "ops.naive", "ops.scan", "ops.triton"}, {"models"}, {"policies", "kernels"},
     {"data", "data.tasks", "data.storyworld", "paper", "profiles", "ranks", "results", "rouge"},
 ]  # fmt: skip
@@ -60,6 +60,7 @@ def test_style_and_types_are_clean(tool):
 LINES = {  # what each stage may add
     "training and scoring": 2500, "decoding: cache, hooks, benchmark, harness, a second model": 700,
     "tasks: stories, datasets, answers, the experiments on them": 800, "speed: shared points, serving, ranks, GPU kernels": 800,
+    "a multi-query model with the skills of the others": 170,
 }  # fmt: skip
 
 
