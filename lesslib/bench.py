@@ -119,9 +119,16 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
     return {"seconds_epoch": round(taken, 4), "seconds_once": round(once, 4), "peak_mib": peak_mib}
 
 
+def fresh_process(initializer: Callable | None = None) -> ProcessPoolExecutor:
+    """A pool of one process that begins with this module and nothing else, so that its peak memory is its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lesslib.bench"])  # once for all such processes: importing takes longer than some of what they time
+    return ProcessPoolExecutor(1, context, initializer)
+
+
 def measure(scheme: str, length: int, sequences: int, fraction: float, **recipe) -> dict:
     """`epoch` in a fresh process, so that its peak memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), keep_memory) as pool:
+    with fresh_process(keep_memory) as pool:
         return pool.submit(epoch, scheme, length, sequences, fraction, Recipe(**recipe)).result()
 
 
@@ -230,7 +237,7 @@ def print_scoring(a: argparse.Namespace) -> None:
     for name, length in itertools.product(a.models, a.lengths):
         dense = 0.0
         for method in ("Full", "Baseline", "LESS"):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            with fresh_process() as pool:
                 seconds, peak = pool.submit(scoring, name, length, a.batch, method, a.hidden, a.runs).result()
             dense = dense or seconds
             print(f"{name:>10} {length:7,} {method:>9} {seconds:9.2f} {seconds / dense:11.2f} {peak or 0:9.0f}", flush=True)

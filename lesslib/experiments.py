@@ -272,9 +272,9 @@ def topk_outputs(q: Tensor, k: Tensor, v: Tensor, scaling: float, count: int) ->
     groups, S = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     future = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
-    logits = (q @ k.transpose(-1, -2) * scaling).masked_fill(future, -torch.inf)
-    threshold = logits.topk(min(count, S), -1).values[..., -1:]
-    return logits.softmax(-1) @ v, logits.masked_fill(logits < threshold, -torch.inf).softmax(-1) @ v
+    logits = (q @ k.transpose(-1, -2) * scaling).masked_fill_(future, -torch.inf)
+    threshold, full = logits.topk(min(count, S), -1, sorted=False).values.amin(-1, keepdim=True), logits.softmax(-1) @ v
+    return full, logits.masked_fill_(logits < threshold, -torch.inf).softmax(-1) @ v
 
 
 def best_of_rank(x: Tensor, rank: int) -> Tensor:

@@ -176,7 +176,8 @@ def sweep(
         progress(name, len(done), len(points), left)
         _sweep.update(done=f"{name} {len(done)}/{len(points)}", left=left)
 
-    if todo := {p: points[p] for p in points if p not in done}:
+    took = {p: record["points"].get(p, {}).get("seconds", 0.0) for p in points}  # the longest first: processes then end together
+    if todo := {p: points[p] for p in sorted(points, key=lambda p: -took[p]) if p not in done}:
         check_writable(path.parent)
     with contextlib.closing(_computed(todo, compute, share, say)) as computed:
         for point, seconds, value in computed:
