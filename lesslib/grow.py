@@ -46,10 +46,7 @@ def turned(Wq: Tensor, Wk: Tensor, Wv: Tensor, Wo: Tensor, x: Tensor, rank: int)
     to turn and scale it changes no product with a query that is turned alike and scaled oppositely. A value may go through any
     invertible map that the output's weights undo. Returns the weights and, [H], how much each head's keys and values carry.
     """
-    def pairs(W: Tensor) -> Tensor:
-        return torch.complex(*W.chunk(2, 1))  # [H, D / 2, E]
-
-    k, q = pairs(Wk), pairs(Wq)
+    k, q = (torch.complex(*W.chunk(2, 1)) for W in (Wk, Wq))  # [H, D / 2, E]
     seen, asked = (torch.einsum("ne,hfe->nhf", x.to(w.dtype), w) for w in (k, q))
     size = seen.abs().square().mean(0).sqrt()
     carries = size * asked.abs().square().mean(0).sqrt()
@@ -103,7 +100,7 @@ def grown_falcon(llama: Any, windows: Iterable[Tensor], seed: int) -> Any:
         max_position_embeddings=c.max_position_embeddings, multi_query=False, parallel_attn=True, bias=False, alibi=False,
         layer_norm_epsilon=c.rms_norm_eps, ffn_hidden_size=mlp, bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id,
         pad_token_id=c.pad_token_id,
-    ))  # fmt: skip
+    )).to(llama.device)  # fmt: skip
     falcon.get_input_embeddings().weight.data.copy_(llama.get_input_embeddings().weight)
     falcon.transformer.ln_f.weight.data.copy_(llama.model.norm.weight)
     acts = activations(llama, windows)

@@ -143,13 +143,15 @@ def pretrain(
     the same weights as an uninterrupted run that the limit on tokens ends. Raises ValueError for settings that do not fit and for a
     checkpoint that is damaged or of other ones, FloatingPointError for a loss that is not finite.
     """
-    if (start == GROWN) != (0 < merge < 1) or (start == GROWN and not teacher):
+    if not (0 < merge < 1 and teacher if start == GROWN else merge == 0):
         given = f"--start {start} was given --teacher {teacher!r} --merge {merge:g}"
         raise ValueError(f"{given}: {GROWN} needs a teacher and a merge between 0 and 1, and no other start takes a merge")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     guide: Any = load_model(teacher, device, torch.float32) if teacher else None
     begun_from: Any = guide if start == GROWN else NEW[start](seed) if start in NEW else load_model(start, "cpu", torch.float32)
     model, tokenizer = begun_from[0].to(device), begun_from[1]
+    if guide and guide[1].get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"teacher {teacher!r} has another vocabulary than {start!r}: give one of the same tokenizer")
     mix = {name: (1 - stories) * share for name, share in MIX.items()} | ({"stories-train": stories} if stories else {})
     length, corpora = model.config.max_position_embeddings, {name: load_corpus(name) for name in mix}
     train, held = ({n: Windows(token_file(out, n, d, tokenizer), length, tokenizer.bos_token_id) for n, d in part.items()}

@@ -95,11 +95,21 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(start, corpora,
         assert any(not torch.equal(one[n], before[n].half().float()) for n in one)  # and it did train
 
 
-@pytest.mark.parametrize(("given", "merge"), [(module.GROWN, 0.0), (module.GROWN, 1.0), (None, 0.5)])
+@pytest.mark.parametrize(("given", "merge"), [(module.GROWN, 0.0), (module.GROWN, 1.0), (None, 0.5), (None, 1.0)])
 def test_merging_belongs_to_a_grown_model(start, tmp_path, given, merge):
     with pytest.raises(ValueError, match=f"--merge {merge:g}: grown-falcon needs a teacher and a merge between 0 and 1"):
         pretrain(given or start, tmp_path, **SETTINGS, teacher=start, merge=merge)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(start, tmp_path):
+    foreign = tmp_path / "foreign"
+    load_model(start, "cpu")[0].save_pretrained(foreign)
+    tokenizer = load_model(start, "cpu")[1]
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(foreign)
+    with pytest.raises(ValueError, match=r"teacher .*foreign.* has another vocabulary than .*: give one of the same tokenizer"):
+        pretrain(start, tmp_path / "out", **SETTINGS, teacher=str(foreign))
 
 
 def test_a_teacher_counts_beside_the_text():
