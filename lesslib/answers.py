@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import StaticCache
 
 from .data import encode
 from .data.storyworld import Example
@@ -81,7 +82,6 @@ def continuations(
     said, order = [""] * len(asked), sorted(range(len(asked)), key=lambda i: -len(asked[i]))
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     stop = [t for t in (tokenizer.eos_token_id, newline) if t is not None]
-    full = {"cache_implementation": "static"} if model.device.type == "cpu" else {}  # quicker; on a GPU generate would compile every length
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {"do_sample": False}
     with torch.random.fork_rng(), contextlib.nullcontext() if cache is None else less(model):
         torch.manual_seed(seed)
@@ -90,7 +90,11 @@ def continuations(
             rows = order[start : start + batch]
             ids = pad_sequence([torch.tensor(asked[i][::-1]) for i in rows], batch_first=True, padding_value=-1).flip(1).to(model.device)
             arguments = {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long(), "max_new_tokens": new_tokens, **sampling}
-            arguments |= {"eos_token_id": stop, "pad_token_id": newline} | (full if cache is None else {"past_key_values": cache()})
+            arguments |= {"eos_token_id": stop, "pad_token_id": newline}
+            if cache is not None:
+                arguments["past_key_values"] = cache()
+            elif model.device.type == "cpu":  # quicker than one that grows; on a GPU generate would compile for every length
+                arguments["past_key_values"] = StaticCache(config=model.config, max_cache_len=ids.shape[1] + new_tokens)
             out = cast(Any, model).generate(**arguments)[:, ids.shape[1] :]
             for i, row in zip(rows, out, strict=True):
                 said[i] = tokenizer.decode(row, skip_special_tokens=True).strip().split("\n")[0]

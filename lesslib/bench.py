@@ -10,7 +10,9 @@ import contextlib
 import ctypes
 import itertools
 import multiprocessing
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -119,16 +121,23 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
     return {"seconds_epoch": round(taken, 4), "seconds_once": round(once, 4), "peak_mib": peak_mib}
 
 
-def fresh_process(initializer: Callable | None = None) -> ProcessPoolExecutor:
-    """A pool of one process that begins with this module and nothing else, so that its peak memory is its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lesslib.bench"])  # once for all such processes: importing takes longer than some of what they time
-    return ProcessPoolExecutor(1, context, initializer)
+def fresh_process() -> ProcessPoolExecutor:
+    """A pool of one process with nothing of this one but its environment, so that its peak memory is its own."""
+    context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":  # they fork from one that has loaded this module, which takes longer than some of what they time
+        context.set_forkserver_preload(["lesslib.bench"])
+    return ProcessPoolExecutor(1, context, _begin, (dict(os.environ),))
+
+
+def _begin(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    keep_memory()
 
 
 def measure(scheme: str, length: int, sequences: int, fraction: float, **recipe) -> dict:
     """`epoch` in a fresh process, so that its peak memory is its own."""
-    with fresh_process(keep_memory) as pool:
+    with fresh_process() as pool:
         return pool.submit(epoch, scheme, length, sequences, fraction, Recipe(**recipe)).result()
 
 

@@ -44,7 +44,8 @@ def turned(Wq: Tensor, Wk: Tensor, Wv: Tensor, Wo: Tensor, x: Tensor, rank: int)
 
     Wq, Wk, Wv [H, D, E], Wo [E, H, D] and inputs x [N, E], in float64. A key's two dimensions of one RoPE frequency are a complex number:
     to turn and scale it changes no product with a query that is turned alike and scaled oppositely. A value may go through any
-    invertible map that the output's weights undo. Returns the weights and, [H], how much each head's keys and values carry.
+    invertible map that the output's weights undo. Returns the weights and, [H], how much each head's keys carry in that direction, and its
+    values in all. Needs H > `rank`, D (`rank` + 1) <= E and inputs that span E dimensions (else torch.linalg.LinAlgError).
     """
     k, q = (torch.complex(*W.chunk(2, 1)) for W in (Wk, Wq))  # [H, D / 2, E]
     seen, asked = (torch.einsum("ne,hfe->nhf", x.to(w.dtype), w) for w in (k, q))
@@ -87,19 +88,32 @@ def fit_mlp(mine: Any, its: Any, x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
 
 
+def check_growable(llama: Any) -> None:
+    """Raises ValueError naming what of `llama` the Falcon could not have."""
+    c = llama.config
+    wanted = {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+              "num_key_value_heads": c.num_attention_heads, "head_dim": c.hidden_size // c.num_attention_heads}  # fmt: skip
+    if other := [f"{n}={getattr(c, n, None)!r}, not {value!r}" for n, value in wanted.items() if getattr(c, n, None) != value]:
+        raise ValueError(f"no Falcon grows out of this model: it has {'; '.join(other)}")
+    if (kind := c.rope_parameters.get("rope_type", "default")) != "default":
+        raise ValueError(f"no Falcon grows out of this model: its rotary positions are scaled ({kind})")
+
+
 def grown_falcon(llama: Any, windows: Iterable[Tensor], seed: int) -> Any:
     """A Falcon of twice the layers that begins as `llama`, with a key and value head to each query head; made to fit on `windows` [B, S].
 
-    Its attentions hold `shares` [2, H], of each head in the one key head and the one value head that `merge_heads` leads to.
+    Its attentions hold `shares` [2, H], of each head in the one key head and the one value head that `merge_heads` leads to. Raises as
+    `check_growable` does.
     """
+    check_growable(llama)
     c = llama.config
     H, D, mlp = c.num_attention_heads, c.head_dim, c.intermediate_size * 3 // 2
     torch.manual_seed(seed)
     falcon: Any = FalconForCausalLM(FalconConfig(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, num_hidden_layers=2 * c.num_hidden_layers, num_attention_heads=H,
         max_position_embeddings=c.max_position_embeddings, multi_query=False, parallel_attn=True, bias=False, alibi=False,
-        layer_norm_epsilon=c.rms_norm_eps, ffn_hidden_size=mlp, bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id,
-        pad_token_id=c.pad_token_id,
+        rope_parameters=dict(c.rope_parameters), layer_norm_epsilon=c.rms_norm_eps, ffn_hidden_size=mlp,
+        bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id,
     )).to(llama.device)  # fmt: skip
     falcon.get_input_embeddings().weight.data.copy_(llama.get_input_embeddings().weight)
     falcon.transformer.ln_f.weight.data.copy_(llama.model.norm.weight)
@@ -140,7 +154,8 @@ def multi_query(falcon: Any) -> FalconForCausalLM:
     state = {n: t for n, t in falcon.state_dict().items() if not n.endswith("shares")}
     for name in [n for n in state if n.endswith("query_key_value.weight")]:
         q, k, v = state[name].unflatten(0, (falcon.config.num_attention_heads, 3, -1)).unbind(1)
-        if (apart := max((w - w[0]).abs().max().item() for w in (k, v))) > 1e-5:
+        apart = torch.stack([(w - w[0]).abs().max() for w in (k, v)]).max().item()
+        if not apart <= 1e-5:  # NaN is not
             raise ValueError(f"key and value heads of {name} are still {apart:.1e} apart: merge them all the way first")
         state[name] = torch.cat([q.flatten(0, 1), k[0], v[0]])
     one.load_state_dict(state)

@@ -2,6 +2,7 @@
 import argparse
 import hashlib
 import json
+import math
 import random
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForC
 
 from .data import Corpus, Document, encode, load_corpus
 from .evaluate import Window, perplexity
-from .grow import grown_falcon, merge_heads, multi_query
+from .grow import check_growable, grown_falcon, merge_heads, multi_query
 from .hf import replace_attention
 from .models import autocast, keep_memory, load_model
 from .parallel import dense_attention
@@ -119,7 +120,7 @@ def weighted_loss(
 ) -> torch.Tensor:
     """Mean cross-entropy of logits [B, S, V] on ids [B, S]; what follows a colon in its line, as answers do, counts `weight` times.
 
-    With a `teacher`'s logits [B, S, V], on its probabilities, to which the next token adds `TRUTH`.
+    With a `teacher`'s logits [B, S, V]: that on its probabilities, and `TRUTH` times that on ids.
     """
     at = [torch.where(ids == token, torch.arange(ids.shape[1], device=ids.device), -1) for token in (colon, newline)]
     weights = torch.where(at[0].cummax(1).values > at[1].cummax(1).values, weight, 1.0)  # the last one so far
@@ -138,18 +139,20 @@ def pretrain(
 ) -> dict:  # fmt: skip
     """Continue `start` (a carried model, a folder, a hub name, one of NEW, or GROWN) into `out`; returns the model card beside the weights.
 
-    With a `teacher`, a model of the same vocabulary, the loss is on its probabilities. A Falcon grown out of it becomes multi-query within
-    the first `merge` of the tokens, and the learning rate decays after that. A second call resumes at the last checkpoint; on CPU with
-    the same weights as an uninterrupted run that the limit on tokens ends. Raises ValueError for settings that do not fit and for a
-    checkpoint that is damaged or of other ones, FloatingPointError for a loss that is not finite.
+    With a `teacher`, a model of the same vocabulary, the loss is on its probabilities too (see `weighted_loss`). A Falcon grown out of it
+    becomes multi-query within the first `merge` of the tokens, and the learning rate decays after that. A second call resumes at the
+    last checkpoint; on CPU with the same weights as an uninterrupted run that the limit on tokens ends. Raises ValueError for settings
+    that do not fit and for a checkpoint that is damaged or of other ones, FloatingPointError for a loss that is not finite.
     """
-    if not (0 < merge < 1 and teacher if start == GROWN else merge == 0):
-        given = f"--start {start} was given --teacher {teacher!r} --merge {merge:g}"
-        raise ValueError(f"{given}: {GROWN} needs a teacher and a merge between 0 and 1, and no other start takes a merge")
+    if not (0 < merge < 1 and teacher and minutes == math.inf if start == GROWN else merge == 0):
+        given = f"--start {start} was given --teacher {teacher!r} --minutes {minutes:g} --merge {merge:g}"
+        raise ValueError(f"{given}: {GROWN} needs a teacher, --minutes inf and a merge between 0 and 1; no other start takes a merge")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     guide: Any = load_model(teacher, device, torch.float32) if teacher else None
     begun_from: Any = guide if start == GROWN else NEW[start](seed) if start in NEW else load_model(start, "cpu", torch.float32)
     model, tokenizer = begun_from[0].to(device), begun_from[1]
+    if start == GROWN:
+        check_growable(model)
     if guide and guide[1].get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"teacher {teacher!r} has another vocabulary than {start!r}: give one of the same tokenizer")
     mix = {name: (1 - stories) * share for name, share in MIX.items()} | ({"stories-train": stories} if stories else {})
@@ -167,7 +170,8 @@ def pretrain(
         return torch.from_numpy(rows).to(device)
 
     if start == GROWN:
-        model = grown_falcon(model, (draw(step, 8, 99) for step in range(25)), seed).to(device)
+        with torch.random.fork_rng():
+            model = grown_falcon(model, (draw(step, 8, 99) for step in range(25)), seed)
 
     def heldout_losses() -> dict[str, dict]:
         scores = {name: perplexity(model, text.inside(windows)) for name, text in held.items()}
@@ -177,11 +181,13 @@ def pretrain(
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == matrix], "weight_decay": 0.1 * matrix} for matrix in (1, 0)]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     settings: dict[str, Any] = {"batch": batch, "lr": lr, "seed": seed, "stories": stories, "answers": answers, "echoes": echoes}
-    settings |= {"teacher": teacher, "merge": merge}
+    settings |= {"teacher": guide[0].less_identity if guide else None, "merge": merge}
+    settings["merge_steps"] = int(merge * int(tokens / (batch * length)))
     settings["data"] = {n: c.sha256 for n, c in corpora.items()}
     step, spent, checkpoint = 0, 0.0, out / "checkpoint.pt"
     if state := read_torch(checkpoint, "delete it to start over", model.device):
-        if other := [k for k in settings if settings[k] != state["settings"][k]]:
+        made = {"teacher": None, "merge": 0.0, "merge_steps": 0} | state["settings"]
+        if other := [k for k in settings if settings[k] != made[k]]:
             raise ValueError(f"{checkpoint} was made with another {', '.join(other)}: repeat its settings, or give another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -213,7 +219,7 @@ def pretrain(
             optimizer.step()
             optimizer.zero_grad()
             if merge:
-                merge_heads(model, 1 / max(1, int(merge * int(tokens / (batch * length))) - step))
+                merge_heads(model, 1 / max(1, settings["merge_steps"] - step))
             if step % 50 == 0:
                 if not loss.isfinite():
                     raise FloatingPointError(f"the loss is {loss.item()} at step {step}: lower --lr from {lr:g}")
@@ -229,11 +235,11 @@ def pretrain(
         "command": f"python -m lesslib.pretrain --start {Path(start).name} --out OUT --minutes {minutes:g} --tokens {tokens} "
         f"--batch {batch} --lr {lr:g} --seed {seed} --windows {windows}"
         + "".join(f" --{x} {settings[x]:g}" for x in ("stories", "answers", "echoes", "merge") if settings[x] != (x == "answers"))
-        + (f" --teacher {Path(teacher).name}" if teacher else ""),
+        + (f" --teacher {guide[0].less_identity['model']}" if guide else ""),
         "data": {n: c.record() | {"share": round(mix[n], 4), "held_out_documents": HELD_OUT.get(n, 0)} for n, c in corpora.items()},
         "parameters": model.num_parameters(), "context": length, "vocabulary": model.config.vocab_size, "seed": seed, "steps": step,
         "tokens_seen_millions": round(seen / 1e6, 2), "minutes": round((now - begun) / 60, 1),
-        "device": str(model.device), "torch": torch.__version__, "heldout_loss_by_position": losses,
+        "teacher": settings["teacher"], "device": str(model.device), "torch": torch.__version__, "heldout_loss_by_position": losses,
     }  # fmt: skip
     write_json(out / "model" / "card.json", card)
     print(json.dumps(losses), flush=True)

@@ -176,10 +176,10 @@ def sweep(
         progress(name, len(done), len(points), left)
         _sweep.update(done=f"{name} {len(done)}/{len(points)}", left=left)
 
-    took = {p: record["points"].get(p, {}).get("seconds", 0.0) for p in points}  # the longest first: processes then end together
-    if todo := {p: points[p] for p in sorted(points, key=lambda p: -took[p]) if p not in done}:
+    took = {p: record["points"].get(p, {}).get("seconds", 0.0) for p in points}
+    if todo := {p: points[p] for p in points if p not in done}:
         check_writable(path.parent)
-    with contextlib.closing(_computed(todo, compute, share, say)) as computed:
+    with contextlib.closing(_computed(todo, compute, share, say, took)) as computed:
         for point, seconds, value in computed:
             recorded[point] = done[point] = {"parameters": points[point], "cache_key": keys[point], "seconds": round(seconds, 2), **value}
             write_json(path, {"manifest": manifest(profile, seed, sources, sum(e["seconds"] for e in done.values())), "points": recorded})
@@ -191,7 +191,7 @@ def sweep(
 
 
 def _computed(
-    points: dict[str, dict], compute: Callable[..., dict], share: Callable[[dict], bool], say: Callable[[int], None]
+    points: dict[str, dict], compute: Callable[..., dict], share: Callable[[dict], bool], say: Callable[[int], None], took: dict[str, float]
 ) -> Generator[tuple[str, float, dict]]:
     """(point, seconds, value) of `points` as they end: here, those that one may not `share`, and then the others, by forked processes.
 
@@ -200,7 +200,7 @@ def _computed(
     """
     import torch
 
-    shared = [p for p in points if share(points[p])]
+    shared = sorted((p for p in points if share(points[p])), key=lambda p: -took[p])  # the longest first: processes then end together
     count = min(PROCESSES, torch.get_num_threads(), len(shared)) if sys.platform == "linux" else 1
     _job[:] = compute, points
     try:

@@ -1,7 +1,7 @@
 """A Falcon grown out of a Llama: what turning heads keeps, that it begins as the Llama, and that its heads become one."""
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from lesslib import grow
@@ -17,7 +17,7 @@ def llama():
         rms_norm_eps=1e-6, tie_word_embeddings=True, initializer_range=0.3,
     )).eval()  # fmt: skip
     embeddings = model.get_input_embeddings().weight.data
-    embeddings -= embeddings.mean(1, keepdim=True)
+    embeddings -= (1 - 1e-5) * embeddings.mean(1, keepdim=True)  # not quite: inputs must span all dimensions
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data -= layer.self_attn.o_proj.weight.data.mean(0)
         layer.mlp.down_proj.weight.data.zero_()
@@ -50,7 +50,12 @@ def test_turned_heads_attend_alike(rank):
     *new, key_shares, value_shares = turned(Wq, Wk, Wv, Wo, x, rank)
     assert (attention(*new, x[:30]) - attention(Wq, Wk, Wv, Wo, x[:30])).abs().max() < 1e-9
     assert all((a - b).abs().max() > 1e-2 for a, b in zip(new, (Wq, Wk, Wv, Wo), strict=True))
-    assert (torch.stack([key_shares, value_shares]) > 0).all()
+    Wo[:, 1] *= 2
+    Wq[2] *= 3
+    if rank == 0:  # with one head much louder, the common direction becomes its own
+        *_, keys, values = turned(Wq, Wk, Wv, Wo, x, rank)
+        assert values[1] / value_shares[1] == pytest.approx(4)
+        assert keys[2] / key_shares[2] > 2.9
 
 
 def test_heads_that_are_one_already_but_for_a_turn_meet():
@@ -68,6 +73,27 @@ def test_heads_that_are_one_already_but_for_a_turn_meet():
     assert (values - values[:1]).abs().max() < 1e-9
 
 
+def test_each_layer_gets_its_own(llama, monkeypatch):
+    """MLP i learns what MLP i of the Llama gives, and the attention beside it begins with the next directions, read through its norm."""
+    fits = []
+    monkeypatch.setattr(grow, "fit_mlp", lambda mine, its, x, y: fits.append((mine, its, x, y)))
+    for layer in llama.model.layers:
+        layer.mlp.down_proj.weight.data.normal_()
+    falcon, acts = grown_falcon(llama, windows(), seed=0), grow.activations(llama, windows())
+    for i, layer in enumerate(llama.model.layers):
+        mine, its, x, y = fits[i]
+        odd, a = falcon.transformer.h[2 * i + 1], layer.self_attn
+        assert mine is odd.mlp
+        assert its is layer.mlp
+        assert torch.equal(y, layer.mlp(x))
+        assert torch.equal(x, acts["in", i])
+        Wq, Wk, Wv = (p.weight.detach().double().unflatten(0, (3, 8)) for p in (a.q_proj, a.k_proj, a.v_proj))
+        wanted = turned(Wq, Wk, Wv, a.o_proj.weight.detach().double().unflatten(1, (3, 8)), acts["x", i][::4].double(), 1)
+        seen = odd.self_attention.query_key_value.weight * odd.input_layernorm.weight / layer.input_layernorm.weight
+        torch.testing.assert_close(seen.unflatten(0, (3, 3, 8)), torch.stack(wanted[:3], 1).float(), rtol=1e-3, atol=1e-4)
+        assert torch.equal(odd.input_layernorm.weight, layer.post_attention_layernorm.weight)
+
+
 def test_it_begins_as_the_llama_and_ends_multi_query(llama, monkeypatch):
     monkeypatch.setattr(grow, "FIT", 2)
     falcon = grown_falcon(llama, windows(), seed=0).eval()
@@ -80,6 +106,11 @@ def test_it_begins_as_the_llama_and_ends_multi_query(llama, monkeypatch):
         merge_heads(falcon, 0.5)
         assert (falcon(input_ids=ids, use_cache=False).logits - wanted).abs().max() > 1e-2  # they differed
         merge_heads(falcon, 1.0)
+        weight = falcon.transformer.h[1].self_attention.query_key_value.weight
+        kept, weight.data[8, 0] = weight.data[8, 0].clone(), torch.nan  # of a key
+        with pytest.raises(ValueError, match="nan apart"):
+            multi_query(falcon)
+        weight.data[8, 0] = kept
         one = multi_query(falcon).eval()
         assert one.config.multi_query
         assert one.num_parameters() < falcon.num_parameters()
@@ -100,6 +131,22 @@ def test_heads_move_by_their_shares(llama, monkeypatch):
         assert torch.allclose(after[:, 1 + which], 0.75 * before[:, 1 + which] + 0.25 * shared, atol=1e-6)
 
 
+@pytest.mark.parametrize(("field", "value"), [("tie_word_embeddings", False), ("num_key_value_heads", 1), ("attention_bias", True)])
+def test_what_a_falcon_cannot_have_is_refused(llama, field, value):
+    setattr(llama.config, field, value)
+    with pytest.raises(ValueError, match=f"no Falcon grows out of this model: it has {field}={value}, not"):
+        grown_falcon(llama, windows(), seed=0)
+
+
+def test_rotary_positions_come_along(llama, monkeypatch):
+    monkeypatch.setattr(grow, "FIT", 2)
+    llama.config.rope_parameters["rope_theta"] = 500.0
+    assert grown_falcon(llama, windows(), seed=0).config.rope_parameters["rope_theta"] == 500.0
+    llama.config.rope_parameters["rope_type"] = "yarn"
+    with pytest.raises(ValueError, match="its rotary positions are scaled"):
+        grown_falcon(llama, windows(), seed=0)
+
+
 def test_a_gelu_mlp_learns_of_a_swiglu_one_what_no_linear_map_gives(llama):
     torch.manual_seed(0)
     its = llama.model.layers[0].mlp
@@ -107,7 +154,8 @@ def test_a_gelu_mlp_learns_of_a_swiglu_one_what_no_linear_map_gives(llama):
     x = torch.randn(4096, 24)
     with torch.no_grad():
         y = its(x)
-    mine = grown_falcon(llama, windows(), seed=0).transformer.h[1].mlp
+    config = FalconConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=3, ffn_hidden_size=24)
+    mine = FalconForCausalLM(config).transformer.h[0].mlp
     grow.fit_mlp(mine, its, x, y)
     with torch.no_grad():
         linear = y - x @ torch.linalg.lstsq(x, y).solution

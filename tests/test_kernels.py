@@ -164,6 +164,13 @@ def test_save_and_load_give_the_same_kernels(kernels, path):
     loaded.check(SHAPE, IDENTITY)
 
 
+def test_weights_lie_in_the_order_of_their_longer_side(path):
+    """Also after loading and in another type: a decode step reads them so."""
+    for layer in Kernels.load(path).to(torch.bfloat16).layers:
+        assert layer.phi_w1.is_contiguous()
+        assert all(w.mT.is_contiguous() and not w.is_contiguous() for w in (layer.phi_w2, layer.psi_w2))
+
+
 def test_performers_are_saved_too(tmp_path):
     made = Kernels.performer(SHAPE, 5, seed=3)
     made.save(tmp_path / "p.safetensors")

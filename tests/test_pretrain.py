@@ -59,7 +59,8 @@ def test_the_split_holds_out_the_same_documents_every_time(corpora):
 @pytest.mark.parametrize("kind", ["exception in a step", "kill after a checkpoint"])
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(start, corpora, tmp_path, monkeypatch, capsys, kind, begun):
     monkeypatch.setattr("lesslib.grow.FIT", 2)
-    given, settings = (start, SETTINGS) if begun == "continued" else (module.GROWN, SETTINGS | {"teacher": start, "merge": 0.5})
+    grown = module.GROWN, SETTINGS | {"teacher": start, "merge": 0.9}  # its heads meet at the fifth step
+    given, settings = (start, SETTINGS) if begun == "continued" else grown
     whole = pretrain(given, tmp_path / "whole", **settings)
     saves = []
 
@@ -90,16 +91,49 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(start, corpora,
     assert all(torch.equal(one[n], other[n]) for n in one)
     if begun == "grown":
         assert one["transformer.h.1.self_attention.query_key_value.weight"].shape == (2 * 4 + 2 * 4, 8)  # two queries, one key, one value
+        pretrain(given, tmp_path / "still", **settings | {"lr": 0.0})
+        still = weights(tmp_path / "still")
+        assert all((one[n] - still[n]).abs().max() > 0 for n in one)  # and it did train
     else:
         before = load_model(start, "cpu")[0].state_dict()
         assert any(not torch.equal(one[n], before[n].half().float()) for n in one)  # and it did train
 
 
-@pytest.mark.parametrize(("given", "merge"), [(module.GROWN, 0.0), (module.GROWN, 1.0), (None, 0.5), (None, 1.0)])
-def test_merging_belongs_to_a_grown_model(start, tmp_path, given, merge):
-    with pytest.raises(ValueError, match=f"--merge {merge:g}: grown-falcon needs a teacher and a merge between 0 and 1"):
-        pretrain(given or start, tmp_path, **SETTINGS, teacher=start, merge=merge)
+@pytest.mark.parametrize(("given", "merge", "minutes"), [
+    (module.GROWN, 0.0, math.inf), (module.GROWN, 1.0, math.inf), (module.GROWN, 0.5, 60), (None, 0.5, math.inf), (None, 1.0, math.inf),
+])  # fmt: skip
+def test_merging_belongs_to_a_grown_model_that_tokens_end(start, tmp_path, given, merge, minutes):
+    with pytest.raises(ValueError, match=f"--merge {merge:g}: grown-falcon needs a teacher, --minutes inf and a merge between 0 and 1"):
+        pretrain(given or start, tmp_path, **SETTINGS | {"minutes": minutes}, teacher=start, merge=merge)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_falcon_does_not_grow_out_of_any_model(tmp_path):
+    with pytest.raises(ValueError, match="no Falcon grows out of this model: it has model_type='falcon', not 'llama'"):
+        pretrain(module.GROWN, tmp_path, **SETTINGS, teacher="pico-falcon", merge=0.5)
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_meet_at_their_step_and_the_rate_decays_after_it(start, corpora, tmp_path, monkeypatch):
+    monkeypatch.setattr("lesslib.grow.FIT", 2)
+    parts, rates, merge, step = [], [], module.merge_heads, torch.optim.AdamW.step
+    monkeypatch.setattr(module, "merge_heads", lambda model, part: (parts.append(part), merge(model, part)))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self)))
+    pretrain(module.GROWN, tmp_path, **SETTINGS, teacher=start, merge=0.5)
+    assert parts == pytest.approx([1 / 3, 1 / 2, 1, 1, 1, 1])
+    warm = [rate / min(1, (i + 1) / 100) / SETTINGS["lr"] for i, rate in enumerate(rates[-6:])]  # the fit of MLPs has its own
+    assert warm == pytest.approx([1, 1, 1, 1, 0.01 + 0.99 * 2 / 3, 0.01 + 0.99 / 3])
+
+
+def test_a_checkpoint_of_before_there_were_teachers_goes_on(start, corpora, tmp_path):
+    pretrain(start, tmp_path, **SETTINGS)
+    state = torch.load(tmp_path / "checkpoint.pt")
+    for name in ("teacher", "merge", "merge_steps"):
+        del state["settings"][name]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    pretrain(start, tmp_path, **SETTINGS)
+    with pytest.raises(ValueError, match="was made with another teacher: repeat its settings"):
+        pretrain(start, tmp_path, **SETTINGS, teacher="pico-llama")
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(start, tmp_path):
