@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import FalconConfig, FalconForCausalLM
 
-from .hf import replace_attention
+from .hf import capture
 from .models import autocast
-from .parallel import dense_attention
 
 FIT = 1200  # steps that fit a GELU MLP to a SwiGLU one, of 2,048 tokens each
 
@@ -31,7 +30,7 @@ def activations(llama: Any, windows: Iterable[Tensor]) -> dict[tuple[str, int], 
                 kept[key].append((output if of_output else inputs[0]).flatten(0, 1))
 
             hooks.append(module.register_forward_hook(keep))
-    with torch.no_grad(), replace_attention(llama, lambda layer, q, k, v, real, scaling: dense_attention(q, k, v, real, scaling)):
+    with capture(llama, lambda *attention: None):
         for ids in windows:
             llama(input_ids=ids, use_cache=False)
     for hook in hooks:
@@ -94,9 +93,9 @@ def check_growable(llama: Any) -> None:
     wanted = {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
               "num_key_value_heads": c.num_attention_heads, "head_dim": c.hidden_size // c.num_attention_heads}  # fmt: skip
     if other := [f"{n}={getattr(c, n, None)!r}, not {value!r}" for n, value in wanted.items() if getattr(c, n, None) != value]:
-        raise ValueError(f"no Falcon grows out of this model: it has {'; '.join(other)}")
+        raise ValueError(f"no Falcon grows out of this model: it has {'; '.join(other)}; give another --teacher")
     if (kind := c.rope_parameters.get("rope_type", "default")) != "default":
-        raise ValueError(f"no Falcon grows out of this model: its rotary positions are scaled ({kind})")
+        raise ValueError(f"no Falcon grows out of this model: its rotary positions are scaled ({kind}); give another --teacher")
 
 
 def grown_falcon(llama: Any, windows: Iterable[Tensor], seed: int) -> Any:
