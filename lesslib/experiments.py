@@ -21,7 +21,7 @@ from .data import load_corpus, training_windows
 from .evaluate import Window, evaluation_windows, perplexity
 from .hf import attention_modules, less, output_projection, replace_attention
 from .kernels import Kernels
-from .models import ASSETS, kernel_path, load_kernels, load_model, model_shape
+from .models import ASSETS, keep_memory, kernel_path, load_kernels, load_model, model_shape
 from .policies import Full, Policy, budget_of, get_policy, one_thread
 from .profiles import get_profile, roles
 from .results import results_dir, sweep
@@ -66,6 +66,7 @@ def record(
             setting(profile, case.get("s", seed), **{k: case[k] for k in case.keys() & inspect.signature(setting).parameters.keys()})
         return True
 
+    keep_memory()  # also in the processes that share points
     return sweep(name, profile, seed, points, compute, data, VERSION, share)
 
 
