@@ -101,8 +101,7 @@ def check_growable(llama: Any) -> None:
 def grown_falcon(llama: Any, windows: Iterable[Tensor], seed: int) -> Any:
     """A Falcon of twice the layers that begins as `llama`, with a key and value head to each query head; made to fit on `windows` [B, S].
 
-    Its attentions hold `shares` [2, H], of each head in the one key head and the one value head that `merge_heads` leads to. Raises as
-    `check_growable` does.
+    Its attentions hold `shares` [2, H], of each head in the two that `merge_heads` leads to. Raises as `check_growable` does.
     """
     check_growable(llama)
     c = llama.config

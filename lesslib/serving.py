@@ -39,8 +39,8 @@ class Load:
     """One row of a table: a prompt of `prompt` random tokens in `batch` rows, and `generate` tokens that are written after it.
 
     `model`: a shape of `bench.MODELS`, with random weights. `fraction`: H2O's budget as a share of prompt + generate. `hidden`: width of
-    the kernels. `cache_mib`: instead of `batch`, as many rows as each method's cache fits into so many MiB. `compiled`: decode steps
-    through torch.compile, on a GPU as CUDA graphs.
+    the kernels. `cache_mib`: instead of `batch`, as many rows as each method's cache fits into so many MiB, fewer where a GPU's memory
+    ends before. `compiled`: decode steps through torch.compile, on a GPU as CUDA graphs.
     """
 
     model: str
@@ -73,7 +73,7 @@ LOADS = {
     "wild": ([Load("12x768", 1024, 64, 4), Load("12x768", 256, 32, cache_mib=32)], Load("12x768", 256, 80, 8)),
     "paper": ([Load("llama-2-13b", 5000, 5000, 4, hidden=512, compiled=True),
                *(Load("llama-2-7b", 2048, 2048, batch, hidden=512, compiled=True) for batch in (24, 64)),
-               Load("llama-2-7b", 2048, 2048, cache_mib=48 << 10, hidden=512, compiled=True)],
+               Load("llama-2-7b", 2048, 2048, cache_mib=160 << 10, hidden=512, compiled=True)],  # more than any has: the most that fit
               Load("llama-2-7b", 512, 512, 64, hidden=512)),
 }  # fmt: skip
 
@@ -128,9 +128,9 @@ class Bench:
     def attention(self, method: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if method.startswith("Full") else less(self.model)
 
-    def run(self, method: str, generate: int) -> dict[str, float]:
-        """Seconds of the prompt and of `generate` tokens after it, and the bytes that the cache then holds."""
-        batch, cache, held = self.rows(method), self.cache(method), 0
+    def run(self, method: str, generate: int, batch: int) -> dict[str, float]:
+        """Seconds of the prompt and of `generate` tokens after it in `batch` rows, and the bytes that the cache then holds."""
+        cache, held = self.cache(method), 0
         ids = torch.randint(0, self.model.config.vocab_size, (batch, self.load.prompt), device=self.device)
         with torch.no_grad(), self.attention(method):
             begun = self.now()
@@ -162,20 +162,22 @@ def serve(load: Load, methods: tuple[str, ...] = METHODS, runs: int = RUNS) -> d
     """By method: rows, seconds of every run's prompt and decoding, tokens a second, milliseconds a step, bytes held, their formula, and
     the milliseconds that one step's weights and cache take at the bandwidth of a copy (`floor_ms`).
 
-    A method that runs out of a GPU's memory has {"rows", "out_of_memory": True} instead.
+    A method that runs out of a GPU's memory starts again with an eighth of its rows less under a load that gives `cache_mib`; under
+    others, and where no row fits, it has {"rows", "out_of_memory": True} instead.
     """
     bench, found = Bench(load), dict[str, dict]()
     bandwidth = copy_bandwidth(bench.device)
     for run, method in ((run, method) for run in range(runs + 1) for method in methods):
         progress("runs", run * len(methods) + methods.index(method), (runs + 1) * len(methods))
         row = found.setdefault(method, {"rows": bench.rows(method), "prompt_s": [], "decode_s": []})
-        if "out_of_memory" in row:
-            continue
-        try:
-            took = bench.run(method, load.generate if run else min(WARM_UP, load.generate))
-        except torch.OutOfMemoryError:
-            found[method] = {"rows": row["rows"], "out_of_memory": True}
+        while "out_of_memory" not in row:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                took = bench.run(method, load.generate if run else min(WARM_UP, load.generate), row["rows"])
+                break
             torch.cuda.empty_cache()
+            fewer = row["rows"] * 7 // 8 if load.cache_mib else 0
+            row = found[method] = {"rows": fewer, "prompt_s": [], "decode_s": []} if fewer else {"rows": row["rows"], "out_of_memory": True}
+        else:
             continue
         if run:
             row["prompt_s"].append(round(took["prompt"], 4))

@@ -60,15 +60,33 @@ def test_as_many_rows_as_fit_into_the_memory():
 def test_a_method_that_runs_out_of_memory_is_said_to_and_the_others_go_on(monkeypatch):
     run = Bench.run
 
-    def scarce(self, method, generate):
+    def scarce(self, method, generate, batch):
         if method == "Full, static":
             raise torch.OutOfMemoryError("out of memory")
-        return run(self, method, generate)
+        return run(self, method, generate, batch)
 
     monkeypatch.setattr(Bench, "run", scarce)
     found = serve(SMALL, methods=("Full, static", "LESS"), runs=1)
     assert found["Full, static"] == {"rows": 3, "out_of_memory": True}
     assert found["LESS"]["seconds"] > 0
+
+
+def test_the_most_rows_that_fit_are_found_by_trying(monkeypatch):
+    tried = {"Full, static": [], "Baseline": []}
+
+    def scarce(self, method, generate, batch):
+        tried[method].append(batch)
+        if batch > (20 if generate < 12 else 15) or method == "Baseline":  # the whole length holds more than the warm-up
+            raise torch.OutOfMemoryError("out of memory")
+        return {"prompt": 1.0, "decode": 2.0, "bytes": 3}
+
+    monkeypatch.setattr(Bench, "run", scarce)
+    found = serve(Load("pico", 24, 12, cache_mib=8), methods=tuple(tried), runs=2)
+    assert tried["Full, static"] == [37, 32, 28, 24, 21, 18, 18, 15, 15]
+    assert {"rows": 15, "prompt_s": [1.0, 1.0], "decode_s": [2.0, 2.0]}.items() <= found["Full, static"].items()
+    assert found["Full, static"]["formula_bytes"] == 15 * 2 * 4 * 192 * 36 * 4
+    assert tried["Baseline"][-2:] == [2, 1]
+    assert found["Baseline"] == {"rows": 1, "out_of_memory": True}
 
 
 def test_a_clock_gives_each_part_what_parts_inside_it_do_not_take():
