@@ -301,10 +301,8 @@ def main(argv: list[str] | None = None) -> None:
     s.add_argument("--hidden", type=int, default=128, help="width of the kernels' hidden layer")
     s.add_argument("--runs", type=int, default=3, help="of which the quickest counts")
     a = p.parse_args(argv)
-    if a.which == "score":
-        return print_scoring(a)
-    if a.which == "train":
-        return print_training(a.lengths, a.sequences, a.fraction, a.hidden, a.dropout)
+    if a.which != "decode":
+        return {"train": print_training, "score": print_scoring}[a.which](a)
     keep_memory()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     if a.generate:
@@ -315,11 +313,11 @@ def main(argv: list[str] | None = None) -> None:
             print_decode(a, name, hidden, batch, True, dtype)
 
 
-def print_training(lengths: list[int], sequences: int, fraction: float, hidden: int, dropout: float) -> None:
-    """A table of `measure` for all schemes, each with its ratio to ours."""
+def print_training(a: argparse.Namespace) -> None:
+    """A table of `measure` for all schemes, each with its ratio to ours; see `main` for `a`."""
     print(f"{'tokens':>6} {'scheme':>28} {'s/epoch':>9} {'once s':>7} {'peak MiB':>9} {'times slower than ours':>23}")
-    for length in lengths:
-        rows = {s: measure(s, length, sequences, fraction, hidden=hidden, dropout=dropout) for s in SCHEMES}
+    for length in a.lengths:
+        rows = {s: measure(s, length, a.sequences, a.fraction, hidden=a.hidden, dropout=a.dropout) for s in SCHEMES}
         for scheme, r in rows.items():
             slower = r["seconds_epoch"] / rows["ours"]["seconds_epoch"]
             print(f"{length:6d} {scheme:>28} {r['seconds_epoch']:9.3f} {r['seconds_once']:7.2f} {r['peak_mib'] or 0:9.0f} {slower:23.1f}")

@@ -4,15 +4,15 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from .evaluate import POSITION_BIN, gap_closed
 from .results import results_dir, write_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 COLOURS = {"Full": "#222222", "Full, dynamic": "#222222", "Full, static": "#777777", "Baseline": "#c23b22", "Baseline+": "#e39a2d",
            "Performer": "#8c8c8c"}  # fmt: skip
@@ -26,8 +26,6 @@ def colour(method: str, order: list[str]) -> str:
 
 def axes(columns: int, width: float = 4.6, height: float = 3.3) -> tuple[Figure, Any]:
     """A figure of `columns` panels side by side, each `width` x `height` inches, and the list of its axes."""
-    import matplotlib.pyplot as plt
-
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                          "grid.alpha": 0.25, "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 150})  # fmt: skip
     figure, panels = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained")
@@ -36,8 +34,6 @@ def axes(columns: int, width: float = 4.6, height: float = 3.3) -> tuple[Figure,
 
 def save(figure: Figure, profile: str, name: str) -> Figure:
     """Write results/<profile>/figures/<name>.png and hand the figure back, closed, so that a notebook shows it once."""
-    import matplotlib.pyplot as plt
-
     image = io.BytesIO()
     figure.savefig(image, metadata={"Software": None})
     write_bytes(results_dir(profile) / "figures" / f"{name}.png", image.getvalue())
@@ -178,8 +174,6 @@ def curves(panels: dict[str, dict[str, tuple[Any, Any]]], xlabel: str, ylabel: s
 
 def attention_maps(record: dict) -> Figure:
     """One head's attention by case (rows): original, sparse, LESS; brighter is heavier, on one logarithmic scale a row."""
-    import matplotlib.pyplot as plt
-
     figure, panels = plt.subplots(len(record["points"]), 3, figsize=(8, 2.8 * len(record["points"])), squeeze=False, layout="constrained")
     for row, (case, point) in zip(panels, record["points"].items(), strict=True):
         for panel, label in zip(row, ("original", "sparse", "LESS"), strict=True):
@@ -211,9 +205,6 @@ def cache_bytes(record: dict) -> Figure:
 
 def evicted_text(record: dict, width: int = 110) -> Figure:
     """The prompt of each policy's point, every token shaded by the share of heads that no longer hold it."""
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Rectangle
-
     texts = cells(record, "evicted", order=list)
     placed: dict[str, list[tuple[int, int, str, float]]] = {}
     for policy, point in texts.items():

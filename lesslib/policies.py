@@ -44,6 +44,8 @@ class Policy:
     @classmethod
     def shares(cls, slots: int) -> dict[str, int]:
         """The paper's split of `slots` over the counts."""
+        if not cls.counts:
+            raise ValueError("Full() keeps every token and has no budget: write Full(), or choose another policy")
         return {cls.counts[0]: slots}
 
     @classmethod
@@ -107,10 +109,6 @@ class Full(Policy):
     """Keeps every token: dense attention."""
 
     name: ClassVar[str] = "full"
-
-    @classmethod
-    def shares(cls, slots: int) -> dict[str, int]:
-        raise ValueError("Full() keeps every token and has no budget: write Full(), or choose another policy")
 
 
 @dataclass(frozen=True)

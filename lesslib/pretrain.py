@@ -182,8 +182,7 @@ def pretrain(
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     settings: dict[str, Any] = {"batch": batch, "lr": lr, "seed": seed, "stories": stories, "answers": answers, "echoes": echoes}
     settings |= {"teacher": guide[0].less_identity if guide else None, "merge": merge}
-    settings["merge_steps"] = int(merge * int(tokens / (batch * length)))
-    settings["data"] = {n: c.sha256 for n, c in corpora.items()}
+    settings |= {"merge_steps": int(merge * int(tokens / (batch * length))), "data": {n: c.sha256 for n, c in corpora.items()}}
     step, spent, checkpoint = 0, 0.0, out / "checkpoint.pt"
     if state := read_torch(checkpoint, "delete it to start over", model.device):
         made = {"teacher": None, "merge": 0.0, "merge_steps": 0} | state["settings"]

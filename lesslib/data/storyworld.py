@@ -51,12 +51,9 @@ class Fact:
 class World:
     """People in the order of their appearance, each a man or not, and what is true of them by relation and person."""
 
+    people: list[str]
     man: dict[str, bool]
     facts: dict[tuple[str, str], Fact]
-
-    @property
-    def people(self) -> list[str]:
-        return list(self.man)
 
 
 @functools.cache
@@ -86,7 +83,7 @@ def draw(rng: random.Random, kind: str, count: int, heldout: bool) -> list[str]:
 def new_world(rng: random.Random, people: int, relations: tuple[str, ...], heldout: bool) -> World:
     """A world of `people`, each with one fact per relation or turn; but for yes and no, no value is true of two of them."""
     names, endings = draw(rng, "names", people, heldout), tuple(grammar()["men_end_in"])
-    world = World({name: name.endswith(endings) for name in names}, {})
+    world = World(names, {name: name.endswith(endings) for name in names}, {})
     drawn = {kind: draw(rng, kind, 2 * people, heldout) for kind in dict.fromkeys(VALUES.values())}
     circle = rng.sample(world.people, people)
     for relation in relations:
