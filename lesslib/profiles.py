@@ -1,6 +1,8 @@
 """Profiles: what a run of the notebooks uses. A notebook's parameters are `profile` and `seed`, no more."""
+import json
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 
@@ -37,19 +39,6 @@ class Profile:
         return replace(self, model=model, training=("stories-kernels",) if own else self.training)
 
 
-PROFILES = {p.name: p for p in (
-    Profile("smoke", "two CPU cores, offline, 30 s a notebook", windows_per_document=8, max_windows=16, fractions=(0.05,),
-            quick=True, carried=True, sequences=12, validation=4, epochs=3, halve_every=1),
-    Profile("tiny", "two CPU cores, offline, 15 min", carried=True),
-    Profile("wild", "two CPU cores, 60 min, $LESS_DATA or the hub", evaluation=("wikitext2", "books"), training=("c4",),
-            windows_per_document=6, max_windows=60, sequences=208, validation=16, epochs=6, halve_every=2, disk_gib=3.0),
-    Profile("paper", "one 80 GiB GPU, the hub, hours", model="meta-llama/Llama-2-7b-hf",
-            evaluation=("wikitext2", "books"), training=("c4",), windows_per_document=4, max_windows=10_000, batch=8,
-            hidden=512, sequences=512, validation=32, epochs=40, halve_every=10, lr=1e-3, dropout=0.3, train_batch=2,
-            disk_gib=200.0, gpu_gib=70.0),
-)}  # fmt: skip
-
-
 READERS = {"llama": "pico-llama-stories", "wide": "pico-llama-wide", "falcon": "pico-falcon-stories"}  # were taught stories and tasks
 HUB_MODELS = {"wide": "meta-llama/Llama-2-13b-hf", "falcon": "tiiuae/falcon-7b"}  # of the profile paper, beside its own
 
@@ -74,15 +63,13 @@ class Tasks:
     withheld: int = 0  # examples asked without their text, to see what the question alone gives away
 
 
-STORIES = (("summary", 0, 80), ("sentence", 0, 40), ("tellings", 0, 80))
-REAL = (("cnn_dailymail", 0, 64), ("xsum", 0, 32), ("multi_news", 0, 64))
-TASKS = {
-    "smoke": Tasks((("yes_no", 1, 8), ("reply", 0, 8)), STORIES, choices=8, texts=4, length=330, lengths=(330,)),
-    "tiny": Tasks((("yes_no", 2, 300), ("reply", 1, 100)), STORIES, choices=300, texts=48, withheld=1000),
-    "wild": Tasks((("boolq", 1, 200), ("mutual", 1, 100)), REAL, choices=200, texts=24),
-    "paper": Tasks((("boolq", 10, 1000), ("mutual", 16, 1000)), (("cnn_dailymail", 5, 128), ("xsum", 5, 64), ("multi_news", 1, 256)),
-                   choices=1000, texts=1000, length=100_000, lengths=(100_000,), at_once=8),
-}  # fmt: skip
+def _frozen(x: Any) -> Any:
+    return tuple(map(_frozen, x)) if isinstance(x, list) else x
+
+
+SETTINGS: dict[str, dict] = json.loads((Path(__file__).parent / "assets" / "profiles.json").read_text())  # beside the defaults above
+PROFILES = {name: Profile(name, **{k: _frozen(v) for k, v in s["profile"].items()}) for name, s in SETTINGS.items()}
+TASKS = {name: Tasks(**{k: _frozen(v) for k, v in s["tasks"].items()}) for name, s in SETTINGS.items()}
 
 
 def get_limit() -> int:

@@ -26,7 +26,7 @@ from .hf import less
 from .kernels import Kernels
 from .models import keep_memory, model_shape
 from .policies import H2O
-from .profiles import get_limit
+from .profiles import SETTINGS, get_limit
 from .results import progress, write_json
 
 METHODS = ("Full, dynamic", "Full, static", "Baseline", "Baseline+", "LESS")
@@ -55,9 +55,8 @@ class Load:
     def __post_init__(self) -> None:
         if self.model not in MODELS:
             raise ValueError(f"unknown shape {self.model!r}: choose from {', '.join(MODELS)}")
-        for name in ("prompt", "generate"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name} is {getattr(self, name)}: give at least 2 tokens")
+        if short := [f"{name} is {getattr(self, name)}" for name in ("prompt", "generate") if getattr(self, name) < 2]:
+            raise ValueError(f"{short[0]}: give at least 2 tokens")
         if (self.batch > 0) == (self.cache_mib > 0):
             raise ValueError(f"batch {self.batch} and cache_mib {self.cache_mib}: give one of the two, above 0")
 
@@ -67,15 +66,7 @@ class Load:
 
 
 # by profile: the loads of Table 6, on small machines with lengths divided by 4 to 10, and that of Table 8
-LOADS = {
-    "smoke": ([Load("pico", 48, 24, 2)], Load("pico", 64, 84, 2)),
-    "tiny": ([Load("pico", 768, 256, 4), Load("pico", 2048, 192, 8), Load("pico", 512, 128, cache_mib=8)], Load("pico", 256, 128, 64)),
-    "wild": ([Load("12x768", 1024, 64, 4), Load("12x768", 256, 32, cache_mib=32)], Load("12x768", 256, 80, 8)),
-    "paper": ([Load("llama-2-13b", 5000, 5000, 4, hidden=512, compiled=True),
-               *(Load("llama-2-7b", 2048, 2048, batch, hidden=512, compiled=True) for batch in (24, 64)),
-               Load("llama-2-7b", 2048, 2048, cache_mib=160 << 10, hidden=512, compiled=True)],  # more than any has: the most that fit
-              Load("llama-2-7b", 512, 512, 64, hidden=512)),
-}  # fmt: skip
+LOADS = {p: ([Load(**x) for x in s["loads"]["Table 6"]], Load(**s["loads"]["Table 8"])) for p, s in SETTINGS.items()}
 
 
 class Bench:
