@@ -201,13 +201,12 @@ class LessLayer(CacheLayerMixin):
 
     def _block(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, scaling: float) -> Tensor:
         """Several tokens: dense among themselves, then one eviction. Works in blocks of queries, so nothing of size S x S is stored."""
-        (B, Hkv, S), C, wide, policy = k.shape[:3], self.budget, self.score.dtype, self.policy
-        fresh = not bool(self.count.any())
+        (B, Hkv, S), wide, policy = k.shape[:3], self.score.dtype, self.policy
+        old = (self.budget + 1) * bool(self.count.any())  # slots, before the new tokens
         position = (self.count[:, None] + real.cumsum(1, dtype=torch.int32) - 1).masked_fill(~real, -1)
         now = position.amax(1)[:, None, None]  # of a row that is all padding: -1, and it holds nothing
         position = position[:, None].expand(B, Hkv, S)
         score = torch.zeros(B, Hkv, S, dtype=wide, device=k.device)
-        old = 0 if fresh else C + 1  # slots, before the new tokens
         if old:
             k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
             position, score = torch.cat([self.position, position], 2), torch.cat([self.score, score], 2)
@@ -231,8 +230,12 @@ class LessLayer(CacheLayerMixin):
         out = torch.cat(outputs, 2) if old else dense_attention(q, k, v, real, scaling)
         score = policy.observe(score, columns) if policy.needs_probabilities else score
         self.count.add_(real.sum(1, dtype=torch.int32))
+        self.take(k, v, position, score, now)
+        return out
 
-        order = policy.out_order(score, position, now)
+    def take(self, k: Tensor, v: Tensor, position: Tensor, score: Tensor, now: Tensor) -> None:
+        """Of n tokens [B, Hkv, n, ...], as buffers of these names hold them, keep the C that the policy lets go last; absorb the others."""
+        C, order = self.budget, self.policy.out_order(score, position, now)
         leaving, staying = order[..., : max(0, order.shape[-1] - C)], order[..., -C:].sort(-1).values
         for part in leaving.split(ABSORB, -1):
             self._absorb(gather_tokens(k, part), gather_tokens(v, part), position.gather(2, part) >= 0)
@@ -241,7 +244,6 @@ class LessLayer(CacheLayerMixin):
         self.position.fill_(-1)
         self.position[:, :, :n], self.score[:, :, :n] = position.gather(2, staying), score.gather(2, staying)
         self.free.fill_(C)
-        return out
 
 
 class LessCache(Cache):

@@ -16,7 +16,7 @@ from zoo import GROUPED, SHAPES, SIZES, WITH_HYBRID, build, close, kernels_of, p
 
 from lesslib import H2O, TOVA, Full, Lambda, LessCache, less
 from lesslib.cache import LessLayer, cache_bytes
-from lesslib.hf import replace_attention
+from lesslib.hf import fill, replace_attention
 from lesslib.kernels import Kernels
 from lesslib.models import load_kernels, load_model, model_shape
 from lesslib.ops.naive import naive_attention
@@ -343,6 +343,40 @@ def test_a_second_call_after_reset_equals_the_first_also_with_another_batch(llam
     assert cache.layers[0].keys.data_ptr() == address
     cache.reset()
     close(run(llama, cache, ids[:1], [12, 1, 1, 9, 10]), first[:1], 1e-12)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("name", ["llama-grouped", "gemma3"])
+def test_a_cache_that_is_filled_is_one_that_read_the_prompt(name, policy, models, ids):
+    model, mask = models(name), torch.ones_like(ids)
+    mask[1, :7] = 0
+    kernels = kernels_of(model)
+    reader = LessCache(model, type(policy).from_budget(model_shape(model)["context"]))
+    run(model, reader, ids, [20], attention_mask=mask)
+    for used in (kernels, None):
+        filled, own = (LessCache(model, policy, used) for _ in range(2))
+        fill(filled, reader)
+        run(model, own, ids, [20], attention_mask=mask)
+        for mine, its in zip(filled.less_layers(), own.less_layers(), strict=True):
+            for a, b in zip(mine.buffers(), its.buffers(), strict=True):
+                close(a, b)
+            assert int(mine.seen) == int(its.seen) == 20
+        given = {"attention_mask": mask, "position_ids": positions(mask)[:, 20:]}
+        with torch.no_grad(), less(model):
+            a, b = (model(ids[:, 20:], past_key_values=cache, **given).logits for cache in (filled, own))
+        close(a, b)
+    assert int(reader.get_seq_length()) == 20
+
+
+def test_a_cache_is_filled_only_where_that_is_the_same_as_reading(llama, models, ids):
+    whole = H2O.from_budget(S)
+    reader, short, used = LessCache(llama, whole), LessCache(llama, POLICIES[0]), LessCache(llama, POLICIES[0])
+    for cache in (reader, short, used):
+        run(llama, cache, ids, [20])
+    for cache, source in ((used, reader), (LessCache(llama, TOVA(tokens=5)), reader), (LessCache(llama, POLICIES[0]), short),
+                          (LessCache(models("mistral"), POLICIES[0]), reader)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"cannot take 20 from one of H2O.*give an empty one of the same model and class"):
+            fill(cache, source)
 
 
 def test_a_chat_turn_goes_on_where_the_last_ended(llama, ids):
