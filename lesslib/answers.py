@@ -1,20 +1,24 @@
 """What a model answers: the likelihood of options, summaries and their ROUGE; and paired intervals for the difference of two methods."""
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import StaticCache
 
+from .cache import LessCache
 from .data import encode
 from .data.storyworld import Example
-from .hf import less
+from .hf import fill, less
+from .kernels import Kernels
+from .models import model_shape
+from .policies import Full, Lambda, Policy
 from .results import progress
 
 
@@ -71,33 +75,37 @@ def option_scores(model, tokenizer, asked: list[list[int]], options: list[tuple[
 
 @torch.no_grad()
 def continuations(
-    model, tokenizer, asked: list[list[int]], new_tokens: int, cache: Callable[[], Any] | None = None, batch: int = 8,
-    temperature: float = 0.0, seed: int = 0,
-) -> list[str]:  # fmt: skip
-    """What `model` writes after each prompt, up to a line's end or `new_tokens`: greedy, or sampled at a `temperature`.
-
-    `cache()` makes the LessCache of one batch; None is the full cache. The prompt attends as that cache's prefill says. Prompts are padded
-    on the left to their batch's longest.
-    """
-    said, order = [""] * len(asked), sorted(range(len(asked)), key=lambda i: -len(asked[i]))
+    model, tokenizer, asked: list[list[int]], new_tokens: int, methods: Sequence[tuple[Policy, Kernels | None]] = ((Full(), None),),
+    batch: int = 8, temperature: float = 0.0, seed: int = 0,
+) -> list[list[str]]:  # fmt: skip
+    """By (policy, kernels) of `methods`, what `model` writes after each prompt, up to a line's end or `new_tokens`: greedy, or sampled at
+    a `temperature`. Prompts are padded on the left to their batch's longest, and read densely, once for all methods: policies but Full
+    must be of one class (ValueError)."""
+    said, order = [[""] * len(asked) for _ in methods], sorted(range(len(asked)), key=lambda i: -len(asked[i]))
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     stop = [t for t in (tokenizer.eos_token_id, newline) if t is not None]
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {"do_sample": False}
-    with torch.random.fork_rng(), contextlib.nullcontext() if cache is None else less(model):
-        torch.manual_seed(seed)
+    whole = next((type(policy) for policy, _ in methods if policy.budget is not None), Lambda).from_budget(model_shape(model)["context"])
+
+    def write(ids: Tensor, cache: LessCache, count: int) -> Tensor:
+        """Ids [B, S], where -1 is padding, and at most `count` tokens after them."""
+        torch.manual_seed(seed + start)
+        given = {"attention_mask": (ids >= 0).long(), "eos_token_id": stop, "pad_token_id": newline, **sampling}
+        out = cast(Any, model).generate(ids.clamp(min=0), past_key_values=cache, max_new_tokens=count, **given)
+        return torch.cat([ids, out[:, ids.shape[1] :]], 1)
+
+    with torch.random.fork_rng(), less(model):
         for start in range(0, len(order), batch):
-            progress("summaries", start, len(order))
-            rows = order[start : start + batch]
+            rows, reader = order[start : start + batch], LessCache(model, whole)
             ids = pad_sequence([torch.tensor(asked[i][::-1]) for i in rows], batch_first=True, padding_value=-1).flip(1).to(model.device)
-            arguments = {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long(), "max_new_tokens": new_tokens, **sampling}
-            arguments |= {"eos_token_id": stop, "pad_token_id": newline}
-            if cache is not None:
-                arguments["past_key_values"] = cache()
-            elif model.device.type == "cpu":  # quicker than one that grows; on a GPU generate would compile for every length
-                arguments["past_key_values"] = StaticCache(config=model.config, max_cache_len=ids.shape[1] + new_tokens)
-            out = cast(Any, model).generate(**arguments)[:, ids.shape[1] :]
-            for i, row in zip(rows, out, strict=True):
-                said[i] = tokenizer.decode(row, skip_special_tokens=True).strip().split("\n")[0]
+            begun = write(ids, reader, 1)
+            for done, (policy, kernels) in enumerate(methods):
+                progress("summaries", start + done * len(rows) // len(methods), len(order))
+                fill(cache := LessCache(model, whole if policy.budget is None else policy, kernels), reader)
+                out = write(begun, cache, new_tokens - 1) if new_tokens > 1 else begun
+                for i, row in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True):
+                    written = [*itertools.takewhile(lambda token: token not in stop, row)]
+                    said[done][i] = tokenizer.decode(written, skip_special_tokens=True).strip().split("\n")[0]
     progress("summaries", len(order), len(order))
     return said
 

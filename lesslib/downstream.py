@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .answers import continuations, option_scores, prompts, rouge
-from .cache import LessCache
 from .data import encode
 from .data.tasks import load_task, task_record
 from .experiments import METHODS, model_of, record, score, setting, windows_of
@@ -57,24 +56,22 @@ def classification(profile: str, seed: int = 0) -> dict:
 
 
 def summarise(
-    profile: str, seed: int, name: str, task: str, shots: int, new_tokens: int, count: int, length: int, method: str, text: bool = True,
-    temperature: float = 0.0, **case,
-) -> dict[str, Any]:  # fmt: skip
-    """ROUGE of what model `name` writes under one method, the prompt read densely; by example, with the first few texts."""
+    profile: str, seed: int, name: str, task: str, shots: int, new_tokens: int, count: int, length: int, cases: list[dict[str, Any]],
+    text: bool = True, temperature: float = 0.0,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """ROUGE of what model `name` writes under each of the `cases` (of `setting`), prompts read densely; by example, with a few texts."""
     model, tokenizer = model_of(name)
     examples, shown = task_of(task, count, shots, length=length)
     asked = prompts(examples, shown, tokenizer, model_shape(model)["context"] - new_tokens, text)
-    policy, kernels = setting(profile, seed, method, name=name, **case)
-    cache = None if method == "Full" else functools.partial(LessCache, model, policy, kernels)
-    said = continuations(model, tokenizer, asked, new_tokens, cache, get_tasks(profile).at_once, temperature, seed)
-    references = [e.options[0] for e in examples]
-    scores = rouge(said, references)
-    other = rouge(said, references[1:] + references[:1])  # of another story's summary: what words alone are worth
+    methods = [setting(profile, c.get("s", seed), name=name, **{k: c[k] for k in c if k != "s"}) for c in cases]
+    references, found = [e.options[0] for e in examples], list[dict[str, Any]]()
     shown_texts = 0 if profile == "wild" else 4  # results/wild is published, and holds no words of others
-    return {
-        **{n: float(np.mean(s)) for n, s in scores.items()}, "scores": scores, "chance": {n: float(np.mean(s)) for n, s in other.items()},
-        "prompt_tokens": [len(a) for a in asked], "said": said[:shown_texts], "references": references[:shown_texts],
-    }  # fmt: skip
+    for said in continuations(model, tokenizer, asked, new_tokens, methods, get_tasks(profile).at_once, temperature, seed):
+        scores, other = (rouge(said, r) for r in (references, references[1:] + references[:1]))  # other: what words alone are worth
+        means, chance = ({n: float(np.mean(x)) for n, x in each.items()} for each in (scores, other))
+        texts = {"said": said[:shown_texts], "references": references[:shown_texts]}
+        found.append({**means, "scores": scores, "chance": chance, "prompt_tokens": [len(a) for a in asked], **texts})
+    return found
 
 
 # by role of a model: the budgets of its table, the percentages that its kernels are trained at, and how many of the tasks
@@ -186,8 +183,10 @@ def seeds(profile: str, seed: int = 0, count: int = 3) -> dict:
         points[f"{task}/{s}"] = at | where | {"count": t.texts, "length": t.length}
     data = [functools.partial(task_record, task, t.texts, shots, t.length) for task, shots, _ in t.summaries]
 
-    def compute(s: int, corpus: str | None = None, **case) -> dict:
-        return score(profile, s, corpus, **case) if corpus else summarise(profile, s, **case)
+    def compute(cases: list[dict], corpus: str = "", **case) -> list[dict]:
+        if not corpus:
+            return summarise(profile, seed, cases=cases, **case)
+        return [score(profile, corpus=corpus, seed=c.pop("s"), **c, **case) for c in cases]
 
     texts = dict.fromkeys((*corpora, *p.training, *p.of(reader).training))
     return record("seeds", profile, seed, points, compute, *texts, *data, models=(p.model, reader))

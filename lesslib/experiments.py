@@ -44,7 +44,7 @@ def windows_of(profile: str, corpus: str, name: str | None = None) -> list[Windo
 
 
 def record(
-    name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict], *data_sources: str | Callable[[], dict],
+    name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., Any], *data_sources: str | Callable[[], dict],
     models: tuple[str, ...] | None = None,
 ) -> dict:  # fmt: skip
     """`results.sweep` of an experiment whose points also depend on corpora (or records of other data), the weights of `models` (the
@@ -67,7 +67,8 @@ def record(
         return True
 
     keep_memory()  # also in the processes that share points
-    return sweep(name, profile, seed, points, compute, data, VERSION, share)
+    together = ("method", "fraction", "s") if "cases" in inspect.signature(compute).parameters else ()
+    return sweep(name, profile, seed, points, compute, data, VERSION, share, together)
 
 
 def kernels_dir(profile: str, kernel_size: int) -> Path:

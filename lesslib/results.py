@@ -149,12 +149,13 @@ PROCESSES = 4  # that share points, at the most: each holds a model and a batch 
 
 
 def sweep(
-    name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., dict], data: Callable[[], list[dict]],
-    version: int = 1, share: Callable[[dict], bool] = lambda parameters: False,
+    name: str, profile: str, seed: int, points: dict[str, dict], compute: Callable[..., Any], data: Callable[[], list[dict]],
+    version: int = 1, share: Callable[[dict], bool] = lambda parameters: False, together: tuple[str, ...] = (),
 ) -> dict:  # fmt: skip
     """Compute the `points` (name: parameters) of an experiment that are not recorded yet, by `compute(**parameters)`; the whole file.
 
-    Each is on disk as soon as it ends; those that processes may `share` come last. `data()` gives records with a sha256 (see
+    Points that differ only in parameters named in `together` are computed at once: `compute` gets a list of those as `cases`, and returns
+    one of values. Each is on disk as soon as it ends; those that processes may `share` come last. `data()` gives records with a sha256 (see
     `Corpus.record`). With $LESS_LEDGER only points noted there count as recorded; with $LESS_FROM_RESULTS nothing is computed, and a
     missing point raises FileNotFoundError.
     """
@@ -179,7 +180,7 @@ def sweep(
     took = {p: record["points"].get(p, {}).get("seconds", 0.0) for p in points}
     if todo := {p: points[p] for p in points if p not in done}:
         check_writable(path.parent)
-    with contextlib.closing(_computed(todo, compute, share, say, took)) as computed:
+    with contextlib.closing(_computed(todo, compute, share, together, say, took)) as computed:
         for point, seconds, value in computed:
             recorded[point] = done[point] = {"parameters": points[point], "cache_key": keys[point], "seconds": round(seconds, 2), **value}
             write_json(path, {"manifest": manifest(profile, seed, sources, sum(e["seconds"] for e in done.values())), "points": recorded})
@@ -191,8 +192,9 @@ def sweep(
 
 
 def _computed(
-    points: dict[str, dict], compute: Callable[..., dict], share: Callable[[dict], bool], say: Callable[[int], None], took: dict[str, float]
-) -> Generator[tuple[str, float, dict]]:
+    points: dict[str, dict], compute: Callable[..., Any], share: Callable[[dict], bool], together: tuple[str, ...],
+    say: Callable[[int], None], took: dict[str, float],
+) -> Generator[tuple[str, float, dict]]:  # fmt: skip
     """(point, seconds, value) of `points` as they end: here, those that one may not `share`, and then the others, by forked processes.
 
     There are as many as torch has threads, which they divide: small operations keep one core busy and a second one waiting. Raises
@@ -200,20 +202,22 @@ def _computed(
     """
     import torch
 
-    shared = sorted((p for p in points if share(points[p])), key=lambda p: -took[p])  # the longest first: processes then end together
+    groups: dict[str, list[str]] = {}
+    for p in points:
+        groups.setdefault(repr({k: v for k, v in points[p].items() if k not in together}) if together else p, []).append(p)
+    shared = sorted((g for g in groups.values() if all(share(points[p]) for p in g)), key=lambda g: -sum(took[p] for p in g))  # long first
     count = min(PROCESSES, torch.get_num_threads(), len(shared)) if sys.platform == "linux" else 1
-    _job[:] = compute, points
+    _job[:] = compute, points, together
     try:
-        for point in points if count < 2 else [p for p in points if p not in shared]:
+        for group in groups.values() if count < 2 else [g for g in groups.values() if g not in shared]:
             say(1)
-            yield point, *_timed(point)
+            yield from _timed(group)
         if count > 1:
             say(count)
             pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _begin, (torch.get_num_threads() // count,))
             try:
-                futures = {pool.submit(_timed, point): point for point in shared}
-                for future in as_completed(futures):
-                    yield futures[future], *future.result()
+                for future in as_completed([pool.submit(_timed, group) for group in shared]):
+                    yield from future.result()
                     say(count)
             except BrokenExecutor as e:
                 raise RuntimeError("a process that computed a point died; most often memory ran out: set OMP_NUM_THREADS=1") from e
@@ -232,13 +236,15 @@ def _begin(threads: int) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _timed(point: str) -> tuple[float, dict]:
-    (compute, points), begun = _job, time.time()
-    value = compute(**points[point])
-    return time.time() - begun, value
+def _timed(group: list[str]) -> list[tuple[str, float, dict]]:
+    (compute, points, together), begun = _job, time.time()
+    parameters = {k: v for k, v in points[group[0]].items() if k not in together}
+    cases = [{k: v for k, v in points[p].items() if k in together} for p in group]
+    values = compute(**parameters, cases=cases) if together else [compute(**parameters)]
+    return [(p, (time.time() - begun) / len(group), value) for p, value in zip(group, values, strict=True)]
 
 
-_job: list[Any] = []  # compute and points of the sweep under way; forked processes find it
+_job: list[Any] = []  # compute, points and together of the sweep under way; forked processes find them
 _sweep: dict[str, str] = {}  # what a loop inside a point says of the sweep under way: the points "done", and the time "left"
 _began: dict[str, float] = {}  # when each loop was first heard of
 

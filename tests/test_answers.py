@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from lesslib import H2O, LessCache, less
+from lesslib import H2O, Full, Lambda, LessCache, less
 from lesslib.answers import continuations, option_scores, paired, prompts, rouge
 from lesslib.data import encode
 from lesslib.data.storyworld import examples
-from lesslib.models import load_model
+from lesslib.models import load_kernels, load_model
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +36,50 @@ def test_likelihoods_equal_a_plain_loop(name, evicting):
 
 def test_texts_equal_generate_row_by_row(pico):
     model, tokenizer = pico
-    asked = [encode(tokenizer, text) for text in ("The river rose and", "Once there was a man who had three sons, and the eldest of them")]
+    story = "Once there was a man who had three sons, and the eldest of them went to the town to buy a horse. On the road he met"
+    asked = [encode(tokenizer, text) for text in ("The river rose and the people of the valley", story)]
+    newline, kernels = tokenizer("\n", add_special_tokens=False)["input_ids"][-1], load_kernels("pico-llama", "h2o", 0.05)
+    policy = H2O(heavy=2, recent=2)
+    methods = [(Full(), None), (policy, None), (policy.plus(4), None), (policy, kernels)]
+    together = continuations(model, tokenizer, asked, 12, methods, batch=2)
+    assert together == [[continuations(model, tokenizer, [a], 12, [m])[0][0] for a in asked] for m in methods]
+    for (chosen, used), texts in zip(methods, together, strict=True):
+        for prompt, text in zip(asked, texts, strict=True):
+            full, ids = chosen.budget is None, torch.tensor([prompt])
+            cache = None if full else LessCache(model, chosen, used)
+            given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "eos_token_id": newline}
+            with contextlib.nullcontext() if full else less(model):
+                plain = model.generate(ids, past_key_values=cache, **given)
+            assert text == tokenizer.decode(plain[0, len(prompt) :], skip_special_tokens=True).strip().split("\n")[0]
+    assert len({tuple(texts) for texts in together}) > 1
+    first = [tokenizer.decode(encode(tokenizer, text)[1:2]).strip() for text in together[3]]
+    assert continuations(model, tokenizer, asked, 1, methods) == [first] * 4
 
-    def cache():
-        return LessCache(model, H2O(heavy=6, recent=6), None)
 
-    for make in (None, cache):
-        together = continuations(model, tokenizer, asked, 12, make, batch=2)
-        assert together == [continuations(model, tokenizer, [a], 12, make)[0] for a in asked]
-        assert all("\n" not in text for text in together)
-    ids = torch.tensor([asked[0]])
-    plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, len(asked[0]) :]
-    assert continuations(model, tokenizer, asked[:1], 12)[0] == tokenizer.decode(plain, skip_special_tokens=True).strip().split("\n")[0]
+def test_a_text_ends_with_its_line_even_where_that_is_its_first_token(pico, monkeypatch):
+    model, tokenizer = pico
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+
+    def generate(ids, attention_mask, past_key_values, max_new_tokens, **given):
+        if ids.shape[1] == 3:  # the prompts
+            model(ids, attention_mask=attention_mask, past_key_values=past_key_values)
+            return torch.cat([ids, torch.tensor([[405], [newline]])], 1)
+        return torch.cat([ids, torch.tensor([[400, newline, 401], [402, 403, 404]])[:, :max_new_tokens]], 1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert continuations(model, tokenizer, [[1, 50, 51], [1, 52]], 4)[0] == [tokenizer.decode([405, 400]).strip(), ""]
+
+
+def test_policies_of_two_classes_cannot_be_read_together(pico):
+    model, tokenizer = pico
+    with pytest.raises(ValueError, match=r"Lambda.*cannot take 5 from one of H2O"):
+        continuations(model, tokenizer, [[1, 50, 51, 52, 53]], 4, [(H2O(heavy=2, recent=2), None), (Lambda(recent=2, sinks=2), None)])
 
 
 def test_sampling_depends_on_the_seed_alone(pico):
     model, tokenizer = pico
     asked = [encode(tokenizer, "The river rose and")]
-    a, b, c = (continuations(model, tokenizer, asked, 12, temperature=1.0, seed=s)[0] for s in (0, 0, 1))
+    a, b, c = (continuations(model, tokenizer, asked, 12, temperature=1.0, seed=s)[0][0] for s in (0, 0, 1))
     assert a == b != c
 
 

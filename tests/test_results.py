@@ -119,6 +119,27 @@ def test_a_shared_point_that_fails_is_raised_and_what_ended_before_is_kept():
     assert squares(run(Compute(), share=lambda parameters: True)) == {"one": 1, "two": 4, "three": 9}
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("shared", [False, True])
+def test_points_that_differ_in_some_parameters_alone_are_computed_together(shared):
+    points = {f"{x}{y}": {"x": x, "y": y} for x in (1, 2) for y in (3, 4)} | {"1": {"x": 1}}
+
+    def compute(x, cases):
+        return [{"square": x * case.get("y", 0), "of": len(cases)} for case in cases]
+
+    record = run(compute, points=points, share=lambda parameters: shared, together=("y",))
+    found = {name: (p["square"], p["of"]) for name, p in record["points"].items()}
+    assert found == {"13": (3, 3), "14": (4, 3), "1": (0, 3), "23": (6, 2), "24": (8, 2)}
+    assert all(p["parameters"] == points[name] for name, p in record["points"].items())
+    more = run(compute, points=points | {"15": {"x": 1, "y": 5}}, together=("y",))
+    assert more["points"]["15"]["of"] == 1  # what is recorded is not computed again
+
+
+def test_fewer_values_than_cases_are_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        run(lambda x, cases: [{"square": 1}], points={"a": {"x": 1, "y": 1}, "b": {"x": 1, "y": 2}}, together=("y",))
+
+
 @linux
 @pytest.mark.usefixtures("two_threads")
 def test_a_process_that_dies_is_an_error_that_says_what_to_do():
