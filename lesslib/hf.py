@@ -213,7 +213,7 @@ def fill(cache: LessCache, reader: LessCache) -> None:
     Raises ValueError where they have another model or class of policy, or `reader` a budget below its tokens, or `cache` any.
     """
     alike, n = (cache.owner, type(cache.policy)) == (reader.owner, type(reader.policy)), int(reader.get_seq_length())
-    if not alike or n > reader.less_layers()[0].budget or cache.get_seq_length():
+    if not alike or reader.running or n > reader.less_layers()[0].budget or cache.get_seq_length():
         what = f"a cache of {cache.policy} that saw {cache.get_seq_length()} tokens cannot take {n} from one of {reader.policy}"
         raise ValueError(f"{what}: give an empty one of the same model and class of policy, and a reader whose budget holds its tokens")
     cache.layers = [own if isinstance(own, LessLayer) else copy.deepcopy(its) for own, its in zip(cache.layers, reader.layers, strict=True)]

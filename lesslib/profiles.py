@@ -59,7 +59,7 @@ class Tasks:
     texts: int  # examples of a summarisation task
     length: int = 400  # words of a story; real texts are cut there
     lengths: tuple[int, ...] = (330, 380, 430, 480)  # the same, of notebook 09's prompts
-    at_once: int = 48  # texts written at once; a step of decoding is small, but all their keys and values must fit
+    at_once: int = 48  # texts written at once; a step of decoding is small, but all their keys and values must fit twice
     withheld: int = 0  # examples asked without their text, to see what the question alone gives away
 
 

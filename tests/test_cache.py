@@ -377,6 +377,9 @@ def test_a_cache_is_filled_only_where_that_is_the_same_as_reading(llama, models,
                           (LessCache(models("mistral"), POLICIES[0]), reader)):  # fmt: skip
         with pytest.raises(ValueError, match=r"cannot take 20 from one of H2O.*give an empty one of the same model and class"):
             fill(cache, source)
+    reader.running = True  # as an interrupted call leaves it
+    with pytest.raises(ValueError, match="cannot take 20"):
+        fill(LessCache(llama, POLICIES[0]), reader)
 
 
 def test_a_chat_turn_goes_on_where_the_last_ended(llama, ids):
