@@ -17,8 +17,7 @@ from .data import encode
 from .data.storyworld import Example
 from .hf import fill, less
 from .kernels import Kernels
-from .models import model_shape
-from .policies import Full, Lambda, Policy
+from .policies import TOVA, Full, Policy
 from .results import progress
 
 
@@ -85,7 +84,8 @@ def continuations(
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     stop = [t for t in (tokenizer.eos_token_id, newline) if t is not None]
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {"do_sample": False}
-    whole = next((type(policy) for policy, _ in methods if policy.budget is not None), Lambda).from_budget(model_shape(model)["context"])
+    kind: type[Policy] = next((type(policy) for policy, _ in methods if policy.budget is not None), TOVA)
+    whole = kind.from_budget(max(map(len, asked), default=1) + new_tokens)
 
     def write(ids: Tensor, cache: LessCache, count: int) -> Tensor:
         """Ids [B, S], where -1 is padding, and at most `count` tokens after them."""
