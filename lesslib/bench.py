@@ -124,8 +124,8 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
 def fresh_process() -> ProcessPoolExecutor:
     """A pool of one process with nothing of this one but its environment, so that its peak memory is its own."""
     context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    if sys.platform == "linux":  # they fork from one that has loaded this module, which takes longer than some of what they time
-        context.set_forkserver_preload(["lesslib.bench"])
+    if sys.platform == "linux":  # they fork from one that has loaded nearly all, which takes longer than some of what they time
+        context.set_forkserver_preload(["lesslib.train"])  # not this module: `python -m` would warn that it is there twice
     return ProcessPoolExecutor(1, context, _begin, (dict(os.environ),))
 
 
