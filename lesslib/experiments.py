@@ -67,7 +67,7 @@ def record(
         return True
 
     keep_memory()  # also in the processes that share points
-    together = ("method", "fraction", "s") if "cases" in inspect.signature(compute).parameters else ()
+    together = ("method", "fraction", "s") if "cases" in inspect.signature(compute).parameters else ()  # see `sweep`
     return sweep(name, profile, seed, points, compute, data, VERSION, share, together)
 
 
