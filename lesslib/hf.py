@@ -210,12 +210,12 @@ def _decoding(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def fill(cache: LessCache, reader: LessCache) -> None:
     """Put the tokens that `reader` holds into the empty `cache`, as if it had read them: one prompt serves many budgets and kernels.
 
-    Raises ValueError where they have another model or class of policy, or `reader` a budget below its tokens, or `cache` any.
+    Raises ValueError where models or classes of policy differ, `reader` has no room for all it saw or stopped midway, or `cache` saw some.
     """
     alike, n = (cache.owner, type(cache.policy)) == (reader.owner, type(reader.policy)), int(reader.get_seq_length())
     if not alike or reader.running or n > reader.less_layers()[0].budget or cache.get_seq_length():
         what = f"a cache of {cache.policy} that saw {cache.get_seq_length()} tokens cannot take {n} from one of {reader.policy}"
-        raise ValueError(f"{what}: give an empty one of the same model and class of policy, and a reader whose budget holds its tokens")
+        raise ValueError(f"{what}: give an empty one of the same model and class of policy, and a reader that kept all in calls that ended")
     cache.layers = [own if isinstance(own, LessLayer) else copy.deepcopy(its) for own, its in zip(cache.layers, reader.layers, strict=True)]
     for mine, its in zip(cache.less_layers(), reader.less_layers(), strict=True):
         k, v, position, score = (buffer[:, :, :n] for buffer in its.buffers()[:4])

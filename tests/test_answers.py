@@ -52,6 +52,7 @@ def test_texts_equal_generate_row_by_row(pico):
                 plain = model.generate(ids, past_key_values=cache, **given)
             assert text == tokenizer.decode(plain[0, len(prompt) :], skip_special_tokens=True).strip().split("\n")[0]
     assert len({tuple(texts) for texts in together}) > 1
+    assert all("\n" not in text for texts in together for text in texts)
     first = [tokenizer.decode(encode(tokenizer, text)[1:2]).strip() for text in together[3]]
     assert continuations(model, tokenizer, asked, 1, methods) == [first] * 4
 
