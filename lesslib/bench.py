@@ -29,6 +29,7 @@ from .hf import attention_modules, less, output_projection
 from .kernels import Kernels, LayerKernels
 from .models import keep_memory, load_model, model_shape
 from .policies import H2O, Full, Policy, budget_of
+from .profiles import options
 from .train import LayerTrainer, Recipe, capture_layers, features, layer_pool
 
 SCHEMES = ("ours", "stepwise", "stepwise, layers in parallel")
@@ -277,29 +278,17 @@ def print_memory(policy: H2O, hidden: int, at: list[int]) -> None:
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser("python -m lesslib.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = p.add_subparsers(dest="which", required=True)
-    t = which.add_parser("train", help="kernel training", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    t.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="tokens a window")
-    t.add_argument("--sequences", type=int, default=8, help="windows an epoch")
-    t.add_argument("--fraction", type=float, default=0.05, help="H2O's budget as a share of the window")
-    t.add_argument("--hidden", type=int, default=128, help="width of the kernels' hidden layer")
-    t.add_argument("--dropout", type=float, default=0.0, help="on the first pre-activation")
-    d = which.add_parser("decode", help="latency and memory of decoding", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    d.add_argument("--models", nargs="+", choices=MODELS, default=["pico", "12x768"], help="shapes of random models")
-    d.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows decoded together")
-    d.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384], help="tokens seen before")
-    d.add_argument("--budget", type=int, default=204, help="H2O's slots: 204 is 5%% of Llama 2's context")
-    d.add_argument("--hidden", type=int, nargs="+", default=[128, 512], help="widths of the kernels' hidden layer")
-    d.add_argument("--kernel-dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32", "bfloat16"],
-                   help="of the kernels' weights; eager steps take the first alone")  # fmt: skip
-    d.add_argument("--steps", type=int, default=24, help="decode steps timed for each entry, after as many that warm up")
-    d.add_argument("--compiled", nargs="*", choices=MODELS, default=["12x768"], help="models that torch.compile is timed on, without Full")
-    d.add_argument("--generate", type=int, nargs="*", default=[64, 1024, 16384], help="tokens after which bytes and peak memory are read")
-    s = which.add_parser("score", help="whole sequences", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    s.add_argument("--models", nargs="+", choices=MODELS, default=["12x768"], help="shapes of random models")
-    s.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="tokens a sequence")
-    s.add_argument("--batch", type=int, default=1, help="sequences at once")
-    s.add_argument("--hidden", type=int, default=128, help="width of the kernels' hidden layer")
-    s.add_argument("--runs", type=int, default=3, help="of which the quickest counts")
+    t, d, s = (which.add_parser(name) for name in ("train", "decode", "score"))
+    options(t, lengths=((512, 1024, 2048), "tokens a window"), sequences=(8, "windows an epoch"), hidden=(128, "width of the kernels"),
+            fraction=(0.05, "H2O's budget as a share of the window"), dropout=(0.0, "on the first pre-activation"))  # fmt: skip
+    options(d, models=(("pico", "12x768"), "shapes of random models", MODELS), batches=((1, 8), "rows decoded together"),
+            contexts=((1024, 4096, 16384), "tokens seen before"), budget=(204, "H2O's slots: 204 is 5%% of Llama 2's context"),
+            hidden=((128, 512), "width of the kernels"), steps=(24, "decode steps timed for each entry, after as many that warm up"),
+            kernel_dtypes=(("float32", "bfloat16"), "of the kernels; eager steps take the first", ("float32", "bfloat16", "float16")),
+            compiled=(["12x768"], "models that torch.compile is timed on, without Full", MODELS),
+            generate=([64, 1024, 16384], "tokens after which bytes and peak memory are read"))  # fmt: skip
+    options(s, models=(("12x768",), "shapes of random models", MODELS), lengths=((1024, 2048, 4096), "tokens a sequence"),
+            batch=(1, "sequences at once"), hidden=(128, "width of the kernels"), runs=(3, "of which the quickest counts"))  # fmt: skip
     a = p.parse_args(argv)
     if a.which != "decode":
         return {"train": print_training, "score": print_scoring}[a.which](a)

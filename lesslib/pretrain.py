@@ -19,6 +19,7 @@ from .grow import check_growable, grown_falcon, merge_heads, multi_query
 from .hf import replace_attention
 from .models import autocast, keep_memory, load_model
 from .parallel import dense_attention
+from .profiles import options
 from .results import read_torch, write_json, write_torch
 
 MIX = {"wikipedia": 0.57, "novels": 0.38, "topics-train": 0.05}
@@ -246,21 +247,19 @@ def pretrain(
 
 
 def main() -> None:
-    p = argparse.ArgumentParser("python -m lesslib.pretrain", None, __doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser("python -m lesslib.pretrain", description=__doc__)
     p.add_argument("--start", required=True, help=f"model to continue: a carried one, a folder, a hub name, {', '.join(NEW)}, {GROWN}")
     p.add_argument("--out", type=Path, required=True, help="folder for token files, the checkpoint and the final model/")
-    p.add_argument("--minutes", type=float, default=60.0, help="end the run and the learning-rate decay after this wall time (or inf)")
-    p.add_argument("--tokens", type=int, default=100_000_000, help="or after this many tokens, whichever comes first")
-    p.add_argument("--batch", type=int, default=8, help="windows a step")
-    p.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    p.add_argument("--seed", type=int, default=0, help="of the order of windows")
-    p.add_argument("--windows", type=int, default=64, help="held-out windows per corpus, each inside one document")
-    p.add_argument("--stories", type=float, default=0.0, help="share of the windows that are of storyworld's stories and tasks")
-    p.add_argument("--answers", type=float, default=1.0, help="how often a token that follows a colon in its line counts in the loss")
-    p.add_argument("--echoes", type=float, default=0.0, help="share of the windows that say one stretch over and over, to learn copying")
-    p.add_argument("--teacher", default="", help="model whose probabilities are learned beside the text")
-    p.add_argument("--merge", type=float, default=0.0, help=f"share of the tokens within which heads of {GROWN} become one")
-    p.add_argument("--save-every", type=float, default=240.0, help="seconds between checkpoints")
+    options(p, minutes=(60.0, "end the run and the learning-rate decay after this wall time (or inf)"),
+            tokens=(100_000_000, "or after this many tokens, whichever comes first"), batch=(8, "windows a step"),
+            lr=(2e-3, "peak learning rate"), seed=(0, "of the order of windows"),
+            windows=(64, "held-out windows per corpus, each inside one document"),
+            stories=(0.0, "share of the windows that are of storyworld's stories and tasks"),
+            answers=(1.0, "how often a token that follows a colon in its line counts in the loss"),
+            echoes=(0.0, "share of the windows that say one stretch over and over, to learn copying"),
+            teacher=("", "model whose probabilities are learned beside the text"),
+            merge=(0.0, f"share of the tokens within which heads of {GROWN} become one"),
+            save_every=(240.0, "seconds between checkpoints"))  # fmt: skip
     keep_memory()
     pretrain(**vars(p.parse_args()))
 

@@ -1,4 +1,5 @@
-"""Profiles: what a run of the notebooks uses. A notebook's parameters are `profile` and `seed`, no more."""
+"""Profiles: what a run of the notebooks uses. A notebook's parameters are `profile` and `seed`, no more. And a command line's options."""
+import argparse
 import json
 import os
 from dataclasses import dataclass, replace
@@ -61,6 +62,15 @@ class Tasks:
     lengths: tuple[int, ...] = (330, 380, 430, 480)  # the same, of notebook 09's prompts
     at_once: int = 48  # texts written at once; a step of decoding is small, but all their keys and values must fit twice
     withheld: int = 0  # examples asked without their text, to see what the question alone gives away
+
+
+def options(parser: argparse.ArgumentParser, **given: Any) -> None:
+    """Add --options to `parser`, each by (default, help[, choices]), of the default's type; a tuple takes one word or more, a list any."""
+    for name, (default, what, *choices) in given.items():
+        many = {"tuple": "+", "list": "*"}.get(type(default).__name__)
+        kind: Any = {"nargs": many, "type": type(default[0] if many else default), "choices": choices[0] if choices else None}
+        kind = {"action": "store_true"} if default is False else kind
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=f"{what} (default: %(default)s)", **kind)
 
 
 def _frozen(x: Any) -> Any:

@@ -26,7 +26,7 @@ from .hf import less
 from .kernels import Kernels
 from .models import keep_memory, model_shape
 from .policies import H2O
-from .profiles import SETTINGS, get_limit
+from .profiles import SETTINGS, get_limit, options
 from .results import progress, write_json
 
 METHODS = ("Full, dynamic", "Full, static", "Baseline", "Baseline+", "LESS")
@@ -270,18 +270,13 @@ def breakdown(profile: str, seed: int = 0) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser("python -m lesslib.serving", None, __doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--model", choices=MODELS, default="pico", help="shape of a random model")
-    p.add_argument("--prompt", type=int, default=512, help="tokens read")
-    p.add_argument("--generate", type=int, default=512, help="tokens written after them")
-    p.add_argument("--batch", type=int, default=0, help="rows at once")
-    p.add_argument("--cache-mib", type=int, default=0, help="instead: as many rows as each method's cache fits into so many MiB")
-    p.add_argument("--fraction", type=float, default=0.05, help="H2O's budget as a share of prompt + generate")
-    p.add_argument("--hidden", type=int, default=128, help="width of the kernels; the paper's is 512")
-    p.add_argument("--compiled", action="store_true", help="decode steps through torch.compile, on a GPU as CUDA graphs")
-    p.add_argument("--runs", type=int, default=RUNS, help="after one of a few tokens that warms up")
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="the first is what ratios are taken of")
-    p.add_argument("--parts", action="store_true", help="the parts of a step (Table 8) instead")
+    p = argparse.ArgumentParser("python -m lesslib.serving", description=__doc__)
+    options(p, model=("pico", "shape of a random model", MODELS), prompt=(512, "tokens read"), generate=(512, "tokens written after them"),
+            batch=(0, "rows at once"), cache_mib=(0, "instead: as many rows as each method's cache fits into so many MiB"),
+            fraction=(0.05, "H2O's budget as a share of prompt + generate"), hidden=(128, "width of the kernels; the paper's is 512"),
+            compiled=(False, "decode steps through torch.compile, on a GPU as CUDA graphs"), runs=(RUNS, "after a few tokens that warm up"),
+            methods=(METHODS, "the first is what ratios are taken of", METHODS),
+            parts=(False, "the parts of a step (Table 8) instead"))  # fmt: skip
     p.add_argument("--out", type=Path, help="also write JSON there")
     a = p.parse_args(argv)
     keep_memory()
