@@ -7,8 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import results
-
 WAIT = timedelta(days=1)  # of a rank that is done, for the slowest: it may have one more layer to train
 
 
@@ -47,9 +45,3 @@ def gather(mine: Any) -> list[Any]:
     if len(found) > 1:
         dist.all_gather_object(found, mine, group=_group())
     return found
-
-
-def progress(label: str, done: int, total: int) -> None:
-    """`results.progress` of rank 0 alone: ranks share a terminal."""
-    if place()[0] == 0:
-        results.progress(label, done, total)

@@ -155,9 +155,8 @@ def sweep(
     """Compute the `points` (name: parameters) of an experiment that are not recorded yet, by `compute(**parameters)`; the whole file.
 
     Points that differ only in parameters named in `together` are computed at once: `compute` gets a list of those as `cases`, and returns
-    one of values. Each is on disk as soon as it ends; those that processes may `share` come last. `data()` gives records with a sha256 (see
-    `Corpus.record`). With $LESS_LEDGER only points noted there count as recorded; with $LESS_FROM_RESULTS nothing is computed, and a
-    missing point raises FileNotFoundError.
+    one of values. Each is on disk as soon as it ends; those that processes may `share` come last. `data()`: records as `Corpus.record`'s.
+    With $LESS_LEDGER only points noted there count; with $LESS_FROM_RESULTS none is computed, and FileNotFoundError names those missing.
     """
     path, record = results_dir(profile) / f"{name}.json", load(name, profile) or {"points": {}}
     if os.environ.get("LESS_FROM_RESULTS"):
@@ -250,8 +249,8 @@ _began: dict[str, float] = {}  # when each loop was first heard of
 
 
 def progress(label: str, done: int, total: int, left: str = "") -> None:
-    """Say that a loop has done `done` of `total` steps: to the runner through the file $LESS_PROGRESS, else as a bar."""
-    if "silent" in _sweep:
+    """Say that a loop has done `done` of `total` steps: to the runner by the file $LESS_PROGRESS, else as a bar; rank 0 alone does."""
+    if "silent" in _sweep or os.environ.get("RANK", "0") != "0":
         return
     if file := os.environ.get("LESS_PROGRESS"):
         write_json(file, [*filter(None, [_sweep.get("done"), f"{label} {done}/{total}", left or _sweep.get("left")])])

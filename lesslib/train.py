@@ -34,9 +34,9 @@ from .models import autocast, keep_memory, kernel_path, load_model, model_shape
 from .ops.scan import arrivals, merge
 from .parallel import evict
 from .policies import Policy, gather_tokens, get_policy, one_thread
-from .profiles import Profile, get_profile
-from .ranks import gather, own_device, place, progress
-from .results import physical_memory, read_torch, results_dir, write_torch
+from .profiles import Profile, get_profile, options
+from .ranks import gather, own_device, place
+from .results import physical_memory, progress, read_torch, results_dir, write_torch
 
 
 @dataclass(frozen=True)
@@ -323,15 +323,13 @@ SETTINGS = {
 
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m lesslib.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--policy", default="h2o", help="h2o, lambda or tova (default: %(default)s)")
-    p.add_argument("--fraction", type=float, default=0.05, help="budget as a share of the model's context (default: %(default)s)")
+    options(p, policy=("h2o", "h2o, lambda or tova"), fraction=(0.05, "budget as a share of the model's context"),
+            seed=(0, "of windows, weights, order and dropout"), memory_gib=(8.0, "captured tensors beyond this go to disk, per rank"))
     p.add_argument("--profile", help="the source of the defaults below (default: $LESS_PROFILE, else tiny)")
     for name, what in SETTINGS.items():
         kind = type(getattr(Profile, name))
         p.add_argument(f"--{name.replace('_', '-')}", type=str if kind is tuple else kind, nargs="+" if kind is tuple else None, help=what)
     p.add_argument("--length", type=int, help="tokens a window (default: the model's context)")
-    p.add_argument("--seed", type=int, default=0, help="of windows, initial weights, order and dropout (default: %(default)s)")
-    p.add_argument("--memory-gib", type=float, default=8.0, help="captured tensors beyond this go to disk, per rank (default: %(default)s)")
     p.add_argument("--device", help="cpu, cuda, ... (default: the GPU when there is one; of a rank, its own)")
     p.add_argument("--out", type=Path, help="folder for load_kernels(..., folder=...) (default: results/<profile>/kernels)")
     a = p.parse_args(argv)
