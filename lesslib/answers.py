@@ -24,8 +24,7 @@ from .results import progress
 def prompts(examples: list[Example], shots: list[Example], tokenizer, room: int, text: bool = True) -> list[list[int]]:
     """Token ids of every example's prompt: as many of the shots as fit into `room` tokens before it, then its text and what it asks.
 
-    Where the text alone is too long, its end is left out. `text=False` withholds it: only the question remains. Raises ValueError when
-    not even the question fits.
+    Where the text alone is too long, its end is left out. `text=False` withholds it: the question remains. ValueError if that does not fit.
     """
     shown = [shot.shown(answer=True) for shot in shots]
     found = []
@@ -78,8 +77,7 @@ def continuations(
     batch: int = 8, temperature: float = 0.0, seed: int = 0,
 ) -> list[list[str]]:  # fmt: skip
     """By (policy, kernels) of `methods`, what `model` writes after each prompt, up to a line's end or `new_tokens`: greedy, or sampled at
-    a `temperature`. Prompts are padded on the left to their batch's longest, and read densely, once for all methods: policies but Full
-    must be of one class (ValueError)."""
+    a `temperature`. Prompts are padded on the left, and read densely, once for all: policies but Full must be of one class."""
     said, order = [[""] * len(asked) for _ in methods], sorted(range(len(asked)), key=lambda i: -len(asked[i]))
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     stop = [t for t in (tokenizer.eos_token_id, newline) if t is not None]

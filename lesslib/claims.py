@@ -25,8 +25,7 @@ class Verdict:
 
 
 def groups(record: dict) -> dict[str, dict[str, dict]]:
-    """Points by all of their name but the method, then by method, where Baseline+ is among them; Full, which has no budget, in every
-    group of its corpus or task."""
+    """Points by all of their name but the method, then by method, where Baseline+ is among these; with Full of the corpus or task."""
     found: dict[str, dict[str, dict]] = {}
     for name, point in record["points"].items():
         found.setdefault(name.rpartition("/")[0], {})[name.rpartition("/")[2]] = point

@@ -132,10 +132,8 @@ class Kernels(nn.Module):
         """Freshly initialised kernels for a model of `shape` (`layers`, `heads`, `kv_heads`, `head_dim`)."""
         header = _header(shape, kernel_size=kernel_size, hidden=hidden)
         sizes = {what: n for what, n in header.items() if what != "layers"}
-        layers: list[nn.Module] = []
-        for i in range(shape["layers"]):  # a generator each, so that layers may train in any order or place
-            generator = torch.Generator().manual_seed(seed * 1000 + i)
-            layers.append(LayerKernels(**sizes, dropout=dropout, generator=generator))
+        own = (torch.Generator().manual_seed(seed * 1000 + i) for i in range(shape["layers"]))  # layers may train in any order or place
+        layers: list[nn.Module] = [LayerKernels(**sizes, dropout=dropout, generator=generator) for generator in own]
         return cls(header | {"seed": seed}, layers)
 
     @classmethod
