@@ -1,4 +1,4 @@
-"""Where $LESS_TRITON=1 asks for them, the GPU kernels of ops.triton in the places of the torch forms: in decoding, prompts and training.
+"""Where $LESS_TRITON=1 asks for them, the GPU kernels of ops.triton in the places of the torch forms, in decoding, scoring and training.
 
 They are not the default: they were compiled for GPUs and run in Triton's interpreter, not on a GPU yet. torch.compile makes kernels of its
 own from the torch forms, so a step that it traces keeps to those.
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .ops import scan, triton
+from .policies import H2O, NEVER, Lambda, Policy
 
 
 def wanted(x: Tensor) -> bool:
@@ -31,6 +32,22 @@ def step(layer: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scali
         weights = (kernels.psi_w1, kernels.psi_w2, kernels.psi_w3, kernels.s1, kernels.s2) if learned else ()
         triton.absorb(layer.H, layer.z, triton.features(key, *weights) if learned else kernels.psi(key).float(), value, some)
     return out
+
+
+def evict(policy: Policy, q: Tensor, k: Tensor, v: Tensor, real: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`parallel.evict`, all steps of a sequence in one kernel: times, output and log-sum-exps, the last two in float32. None where the
+    kernels are not wanted, and for policies that they do not take: they score by what one key-value head of a bounded cache sees."""
+    (B, Hkv, S), C = k.shape[:3], policy.budget
+    if C is None or not wanted(q) or not (isinstance(policy, Lambda) or (isinstance(policy, H2O) and policy.scores == "cache")):
+        return None
+    empty, free = real.new_full((B, Hkv, C + 1), -1, dtype=torch.int32), real.new_full((B, Hkv, 1), C, dtype=torch.int64)
+    sums, left = q.new_empty(q.shape[:3], dtype=torch.float32), empty.new_empty(B, Hkv, S)
+    buffers = [*(x.new_empty(B, Hkv, C + 1, x.shape[-1]) for x in (k, v)), empty, empty.float(), free, empty.new_zeros(B), None, None]
+    out = triton.decode_step(policy, q, k, v, buffers, None, real, scaling, sums, left)[0]
+    after = torch.arange(1, S + 1, dtype=torch.int32, device=k.device).expand(B, Hkv, S)  # the first query that no longer sees what left
+    times = empty.new_full((B, Hkv, S + 1), NEVER).scatter_(2, left.long() % (S + 1), after)[..., :S]  # by position; of none: cut off
+    token = (~real).int().argsort(dim=1, stable=True)[:, None].expand(B, Hkv, S)  # at each position
+    return torch.empty_like(times).scatter_(2, token, times), out, sums
 
 
 def lowrank_attention(phi: Tensor, psi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

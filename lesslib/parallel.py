@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import lowrank_attention
+from . import fused
 from .ops.scan import arrivals, merge, sparse_attention
 from .policies import Policy, gather_tokens, simulate
 
@@ -38,6 +38,8 @@ def evict(policy: Policy, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None =
     B, _, S, D = k.shape
     scaling = D**-0.5 if scaling is None else scaling
     real = torch.ones(B, S, dtype=torch.bool, device=k.device) if real is None else real
+    if found := fused.evict(policy, q, k, v, real, scaling):
+        return Evicted(*found)
     times = simulate(policy, q, k, real, scaling)
     sparse, logsumexp = sparse_attention(q, k, v, times, S if policy.budget is None else policy.budget, real, scaling)
     return Evicted(times, sparse, logsumexp)
@@ -51,7 +53,7 @@ def recover(evicted: Evicted, phi: Tensor, psi: Tensor, v: Tensor) -> Tensor:
     arrived, dtype = arrivals(evicted.times), evicted.sparse.dtype
     token = arrived.clamp(min=0)
     arriving = gather_tokens(psi, token).to(dtype) * (arrived >= 0)[..., None]
-    return merge(evicted.sparse, evicted.logsumexp, *lowrank_attention(phi.to(dtype), arriving, gather_tokens(v, token).to(dtype)))
+    return merge(evicted.sparse, evicted.logsumexp, *fused.lowrank_attention(phi.to(dtype), arriving, gather_tokens(v, token).to(dtype)))
 
 
 def less_attention(

@@ -65,6 +65,20 @@ SCRIPT = """
             for a, b in zip(held, expected, strict=True):
                 assert torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4), policy
 
+    @torch.no_grad()
+    def scores(policy, kernels):
+        with less(model, policy, kernels):
+            return model(ids, attention_mask=mask).logits
+
+    for policy, expects in ((H2O(3, 4), {"decode_step"}), (Lambda(recent=5, sinks=2), {"decode_step"}), (TOVA(7), set())):
+        for kernels in (None, learned):
+            found = []
+            for asked in "01":
+                os.environ["LESS_TRITON"], calls[:] = asked, []
+                found.append(scores(policy, kernels)[mask.bool()])
+            assert set(calls) == expects | (set() if kernels is None else {"lowrank_attention"}), (policy, calls)
+            assert torch.allclose(*found, rtol=1e-4, atol=1e-4), policy
+
     curves = []
     for asked in "01":
         os.environ["LESS_TRITON"], calls[:] = asked, []
@@ -72,7 +86,7 @@ SCRIPT = """
         windows = torch.randint(64, (4, 40), generator=torch.Generator().manual_seed(1))
         _, found = train(model, H2O(3, 3), windows, recipe, Path(os.environ["OUT"]) / f"{asked}.safetensors", {}, validation=1)
         curves.append([x for c in found.values() for x in c["validation"]])
-    assert set(calls) == {"lowrank_attention"}
+    assert set(calls) == {"decode_step", "lowrank_attention"}
     assert torch.allclose(*map(torch.tensor, curves), rtol=1e-4)
     print("the same")
 """

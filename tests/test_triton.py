@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lesslib import H2O, TOVA, Lambda
+from lesslib import H2O, TOVA, Full, Lambda, fused, parallel
 from lesslib.cache import BUFFERS, LessLayer
 from lesslib.kernels import LayerKernels
 from lesslib.ops import scan
@@ -313,6 +313,55 @@ def test_the_scan_recovers_a_policy_over_a_sequence(device, draw):
     assert not denominator[:, :, :10].any()
 
 
+# ---------------------------------------------------------------- a whole sequence
+@pytest.mark.parametrize(
+    ("policy", "dtype", "D", "Dv", "Hq", "Hkv"),
+    [
+        (H2O(heavy=3, recent=5), F32, 32, 48, 4, 2), (H2O(heavy=4, recent=0), F32, 64, 64, 3, 1),
+        (H2O(heavy=0, recent=6), F16, 32, 32, 2, 2), (H2O(heavy=9, recent=9), BF16, 80, 80, 17, 1),
+        (Lambda(recent=4, sinks=2), F32, 32, 32, 4, 2), (Lambda(recent=7, sinks=0), F16, 128, 32, 2, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_all_steps_at_once_equal_the_torch_form(policy, dtype, D, Dv, Hq, Hkv, device, draw, monkeypatch):
+    """Rows as they come: whole, padded on the left, padded here and there, and shorter than the budget."""
+    S, real = 33, torch.ones(4, 33, dtype=torch.bool, device=device)
+    real[1, :9] = real[2, [0, 4, 5, 11, 30, 32]] = real[3, 7:] = False
+    q, k, v = (draw(4, S, heads, n, dtype=dtype).transpose(1, 2) for heads, n in ((Hq, D), (Hkv, D), (Hkv, Dv)))
+    monkeypatch.setenv("LESS_TRITON", "0")
+    want = parallel.evict(policy, q.double(), k.double(), v.double(), real, D**-0.5)
+    monkeypatch.setenv("LESS_TRITON", "1")
+    monkeypatch.setattr(parallel, "simulate", lambda *args: pytest.fail("the torch form ran"))
+    got = parallel.evict(policy, q, k, v, real, D**-0.5)
+    assert torch.equal(got.times, want.times)
+    assert (got.times[:3] <= S).any()
+    assert got.sparse.dtype == got.logsumexp.dtype == F32
+    close(got.sparse, want.sparse, dtype)
+    close(got.logsumexp, want.logsumexp, dtype)
+
+
+def test_a_sequence_of_several_blocks_of_slots(device, draw, monkeypatch):
+    monkeypatch.setenv("LESS_TRITON", "1")
+    q, k, v = draw(1, 2, 100, 32), draw(1, 1, 100, 32), draw(1, 1, 100, 32)
+    for policy in (H2O(heavy=40, recent=38), Lambda(recent=70, sinks=4)):
+        want = parallel.evict(policy, q.double(), k.double(), v.double())
+        got = parallel.evict(policy, q, k, v)
+        assert torch.equal(got.times, want.times)
+        close(got.sparse, want.sparse)
+        close(got.logsumexp, want.logsumexp)
+
+
+def test_policies_that_one_head_of_a_bounded_cache_cannot_decide_keep_the_torch_form(device, draw, monkeypatch):
+    monkeypatch.setenv("LESS_TRITON", "1")
+    q, k, v, real = draw(1, 2, 9, 32), draw(1, 1, 9, 32), draw(1, 1, 9, 32), torch.ones(1, 9, dtype=torch.bool, device=device)
+    assert fused.evict(H2O(2, 2), q, k, v, real, 0.1) is not None
+    for policy in (TOVA(4), H2O(2, 2, scores="full"), Full()):
+        assert fused.evict(policy, q, k, v, real, 0.1) is None
+    assert fused.evict(H2O(2, 2), q.double(), k.double(), v.double(), real, 0.1) is None
+    monkeypatch.delenv("LESS_TRITON")
+    assert fused.evict(H2O(2, 2), q, k, v, real, 0.1) is None
+
+
 # ---------------------------------------------------------------- ahead of time
 def every_kernel(dtype, D=128, R=8, S=48, N=401):
     """Calls everything once at the shapes of a Llama head."""
@@ -323,6 +372,8 @@ def every_kernel(dtype, D=128, R=8, S=48, N=401):
                torch.zeros(1, dtype=torch.int32), zeros(R, D), zeros(R)]  # fmt: skip
     one, real = zeros(1, D, dtype=dtype), torch.ones(1, S, dtype=torch.bool)
     decode_step(H2O(heavy=200, recent=200), one, one, one, buffers, zeros(1, R), real[:, :1], 0.1)
+    several = [zeros(S, D, dtype=dtype)] * 3
+    decode_step(H2O(heavy=200, recent=200), *several, buffers, None, real, 0.1, zeros(S), zeros(S, dtype=torch.int32))
     w1, w2, w3, s = (torch.zeros(2, *shape, dtype=dtype) for shape in ((D, 512), (512, R), (R, R), (1, R)))
     features(zeros(S, D, dtype=dtype), w1, w2, w3, s, s)
     absorb(buffers[-2], buffers[-1], zeros(1, R), one, zeros(1, dtype=torch.bool))

@@ -73,101 +73,107 @@ def _put(x, row, column, seen, WIDTH, value):
 
 
 @jit
-def _decode_kernel(q, k, v, keys, values, position, score, free, count, real, phi, H, z, logits, out, key_left, value_left, some, scaling,
-                   N, Hkv, recent, sinks, LAST: tl.constexpr, POLICY: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                   R: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr,
+def _decode_kernel(q, k, v, keys, values, position, score, free, count, real, phi, H, z, logits, out, sums, left, key_left, value_left,
+                   some, scaling, S, N, Hkv, recent, sinks, LAST: tl.constexpr, POLICY: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                   DV: tl.constexpr, R: tl.constexpr, GP: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, RP: tl.constexpr,
                    BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # a key-value head of a batch row
     d, dv, g, r = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, GP), tl.arange(0, RP)
-    head, position, score = row * G + g, position + row * N, score + row * N
+    position, score, logits = position + row * N, score + row * N, logits + (row * G + g)[:, None] * N
     slot, now = tl.load(free + row), tl.load(count + row // Hkv)
-    tl.store(keys + (row * N + slot) * D + d, tl.load(k + row * D + d, mask=d < D), mask=d < D)
-    tl.store(values + (row * N + slot) * DV + dv, tl.load(v + row * DV + dv, mask=dv < DV), mask=dv < DV)
-    tl.debug_barrier()  # every thread sees the new token
-    Q, top, total = _tile(q, head, d, g < G, D), tl.full([GP], -3.4e38, tl.float32), tl.zeros([GP], tl.float32)
-    o = tl.zeros([GP, DVP], tl.float32)
-    for start in range(0, N, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        seen = (tl.load(position + n, mask=n < N, other=-1) >= 0) | (n == slot)
-        K, V = _tile(keys, row * N + n, d, seen, D), _tile(values, row * N + n, dv, seen, DV)
-        x = tl.where(seen, _dot(Q, tl.trans(K)) * scaling, float("-inf"))
-        tl.store(logits + head[:, None] * N + n, x, mask=(g < G)[:, None] & (n < N))
-        higher = tl.maximum(top, tl.max(x, 1))
-        p, fade = tl.exp(x - higher[:, None]), tl.exp(top - higher)
-        o = o * fade[:, None] + _dot(p.to(V.dtype), V)
-        total, top = total * fade + tl.sum(p, 1), higher
-    lse = top + tl.log(total)
-    if R > 0:  # the state joins as one more block, whose logits are log(denominator); nothing changes where that is -inf
-        P, z_row = _tile(phi, head, r, g < G, R), tl.load(z + row * R + r, mask=r < R, other=0.0)
-        denominator, numerator = tl.sum(P * z_row, 1), _dot(P, _tile(H, row * R + r, dv, r < R, DV))
-        safe = tl.where(denominator > 0, denominator, 1.0)
-        logden = tl.where(denominator > 0, tl.log(safe), float("-inf"))
-        higher = tl.maximum(top, logden)
-        fade, joins = tl.exp(top - higher), tl.exp(logden - higher)
-        o, total = o * fade[:, None] + numerator * (joins / safe)[:, None], total * fade + joins
-    _put(out, head, dv, g < G, DV, o / total[:, None])
-    entered, counts = now, 1.0
-    if real is not None:  # a padded token attended itself; now it goes
-        is_real = tl.load(real + row // Hkv)
-        entered, counts = tl.where(is_real, now, -1), tl.where(is_real, 1.0, 0.0)
-    tl.debug_barrier()  # every thread sees the logits
-    least, oldest, leaver = float("inf"), LAST, slot
-    for start in range(0, N, BLOCK):
-        n = start + tl.arange(0, BLOCK)
-        at = tl.where(n == slot, entered, tl.load(position + n, mask=n < N, other=LAST))
-        rank = at.to(tl.float32)
-        if POLICY != "lambda":
-            x = tl.load(logits + head[:, None] * N + n, mask=(g < G)[:, None] & (n < N), other=float("-inf"))
-            rank = tl.sum(tl.exp(x - lse[:, None]), 0) * counts
-            if POLICY == "h2o":
-                rank += tl.load(score + n, mask=(n < N) & (n != slot), other=0.0)
-            tl.debug_barrier()  # threads may share a slot: none reads what another of them wrote
-            tl.store(score + n, rank, mask=n < N)
-        if POLICY != "other":  # Policy.first_out
-            rank = tl.where((at < sinks) | (at > now - recent), float("inf"), rank)
-            rank = tl.where(n < N, tl.where(at < 0, float("-inf"), rank), float("inf"))
-            lowest = tl.min(rank, 0)
-            at = tl.where((n < N) & (rank == lowest), at, LAST)
-            first = tl.min(at, 0)
-            better = (lowest < least) | ((lowest == least) & (first < oldest))
-            leaver = tl.where(better, tl.min(tl.where(at == first, n, N), 0).to(tl.int64), leaver)
-            least, oldest = tl.where(better, lowest, least), tl.where(better, first, oldest)
-    tl.debug_barrier()  # every thread has read the positions
-    if POLICY != "other":
-        tl.store(key_left + row * D + d, tl.load(keys + (row * N + leaver) * D + d, mask=d < D), mask=d < D)
-        tl.store(value_left + row * DV + dv, tl.load(values + (row * N + leaver) * DV + dv, mask=dv < DV), mask=dv < DV)
-        tl.store(some + row, oldest >= 0)
-        tl.store(free + row, leaver)
-        tl.store(position + leaver, -1)
-        entered = tl.where(leaver == slot, -1, entered)
-    tl.store(position + slot, entered)
+    for t in range(0, S):  # one step, or all of a sequence
+        head, here = (row * G + g) * S + t, row * S + t
+        tl.store(keys + (row * N + slot) * D + d, tl.load(k + here * D + d, mask=d < D), mask=d < D)
+        tl.store(values + (row * N + slot) * DV + dv, tl.load(v + here * DV + dv, mask=dv < DV), mask=dv < DV)
+        tl.debug_barrier()  # every thread sees the new token
+        Q, top, total = _tile(q, head, d, g < G, D), tl.full([GP], -3.4e38, tl.float32), tl.zeros([GP], tl.float32)
+        o = tl.zeros([GP, DVP], tl.float32)
+        for start in range(0, N, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            seen = (tl.load(position + n, mask=n < N, other=-1) >= 0) | (n == slot)
+            K, V = _tile(keys, row * N + n, d, seen, D), _tile(values, row * N + n, dv, seen, DV)
+            x = tl.where(seen, _dot(Q, tl.trans(K)) * scaling, float("-inf"))
+            tl.store(logits + n, x, mask=(g < G)[:, None] & (n < N))
+            higher = tl.maximum(top, tl.max(x, 1))
+            p, fade = tl.exp(x - higher[:, None]), tl.exp(top - higher)
+            o = o * fade[:, None] + _dot(p.to(V.dtype), V)
+            total, top = total * fade + tl.sum(p, 1), higher
+        lse = top + tl.log(total)
+        if R > 0:  # the state joins as one more block, whose logits are log(denominator); nothing changes where that is -inf
+            P, z_row = _tile(phi, head, r, g < G, R), tl.load(z + row * R + r, mask=r < R, other=0.0)
+            denominator, numerator = tl.sum(P * z_row, 1), _dot(P, _tile(H, row * R + r, dv, r < R, DV))
+            safe = tl.where(denominator > 0, denominator, 1.0)
+            logden = tl.where(denominator > 0, tl.log(safe), float("-inf"))
+            higher = tl.maximum(top, logden)
+            fade, joins = tl.exp(top - higher), tl.exp(logden - higher)
+            o, total = o * fade[:, None] + numerator * (joins / safe)[:, None], total * fade + joins
+        _put(out, head, dv, g < G, DV, o / total[:, None])
+        entered, counts = now, 1
+        if real is not None:  # a padded token attended itself; now it goes
+            counts = tl.load(real + row // Hkv * S + t).to(tl.int32)
+            entered = tl.where(counts > 0, now, -1)
+        tl.debug_barrier()  # every thread sees the logits
+        least, oldest, leaver = float("inf"), LAST, slot
+        for start in range(0, N, BLOCK):
+            n = start + tl.arange(0, BLOCK)
+            at = tl.where(n == slot, entered, tl.load(position + n, mask=n < N, other=LAST))
+            rank = at.to(tl.float32)
+            if POLICY != "lambda":
+                x = tl.load(logits + n, mask=(g < G)[:, None] & (n < N), other=float("-inf"))
+                rank = tl.sum(tl.exp(x - lse[:, None]), 0) * counts
+                if POLICY == "h2o":
+                    rank += tl.load(score + n, mask=(n < N) & (n != slot), other=0.0)
+                tl.debug_barrier()  # threads may share a slot: none reads what another of them wrote
+                tl.store(score + n, rank, mask=n < N)
+            if POLICY != "other":  # Policy.first_out
+                rank = tl.where((at < sinks) | (at > now - recent), float("inf"), rank)
+                rank = tl.where(n < N, tl.where(at < 0, float("-inf"), rank), float("inf"))
+                lowest = tl.min(rank, 0)
+                first = tl.min(tl.where((n < N) & (rank == lowest), at, LAST), 0)
+                better = (lowest < least) | ((lowest == least) & (first < oldest))
+                leaver = tl.where(better, tl.min(tl.where(at == first, n, N), 0).to(tl.int64), leaver)
+                least, oldest = tl.where(better, lowest, least), tl.where(better, first, oldest)
+        tl.debug_barrier()  # every thread has read the positions
+        if POLICY != "other":
+            if left is None:  # the one step
+                tl.store(key_left + row * D + d, tl.load(keys + (row * N + leaver) * D + d, mask=d < D), mask=d < D)
+                tl.store(value_left + row * DV + dv, tl.load(values + (row * N + leaver) * DV + dv, mask=dv < DV), mask=dv < DV)
+                tl.store(some + row, oldest >= 0)
+                tl.store(free + row, leaver)
+            tl.store(position + leaver, -1)
+            entered = tl.where(leaver == slot, -1, entered)
+        tl.store(position + slot, entered)
+        if left is not None:
+            tl.store(sums + head, lse, mask=g < G)
+            tl.store(left + here, oldest)
+        slot, now = leaver, now + counts
 
 
 def decode_step(
-    policy: Policy, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], phi: Tensor | None, real: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    policy: Policy, q: Tensor, k: Tensor, v: Tensor, buffers: list[Any], phi: Tensor | None, real: Tensor | None, scaling: float,
+    sums: Tensor | None = None, left: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """LessLayer._step up to its `_absorb`: (phi H + exp(q K' / sqrt D) V') / (phi z + exp(q K' / sqrt D) 1), then one slot is freed.
 
-    q [B, Hq, 1, D], k [B, Hkv, 1, D], v [B, Hkv, 1, Dv]; `buffers` of the layer, in the order of cache.BUFFERS, change in place (all
-    but H, z); phi [B, Hq, 1, R] in float32, None without a state; `real` [B, 1]. Returns the output [B, Hq, 1, Dv] and what left:
-    key [B, Hkv, 1, D], value [B, Hkv, 1, Dv], and [B, Hkv, 1] whether it held a token.
+    q [B, Hq, 1, D], k [B, Hkv, 1, D], v [B, Hkv, 1, Dv]; `buffers` of the layer, in the order of cache.BUFFERS, change in place (but H, z);
+    phi [B, Hq, 1, R] in float32, None without a state; `real` [B, 1]. Returns the output [B, Hq, 1, Dv] and what left: key [B, Hkv, 1, D],
+    value [B, Hkv, 1, Dv], and [B, Hkv, 1] whether it held a token. S steps of all at once: see fused.evict.
     """
     keys, values, position, score, free, count, H, z = buffers
-    (B, Hkv, N, D), G, Dv = keys.shape, q.shape[1] // keys.shape[1], values.shape[-1]
-    R, kind = 0 if phi is None else phi.shape[-1], policy.name if isinstance(policy, H2O | Lambda) else "other"
-    GP, block = _padded(G), _block(max(D, Dv), k.itemsize)
-    logits, out = score.new_empty(B, Hkv, G, N), v.new_empty(B, Hkv * G, 1, Dv)
+    (B, Hkv, N, D), (Hq, S), Dv = keys.shape, q.shape[1:3], values.shape[-1]
+    R, kind, G = 0 if phi is None else phi.shape[-1], policy.name if isinstance(policy, H2O | Lambda) else "other", Hq // Hkv
+    logits, out = score.new_empty(B, Hkv, G, N), v.new_empty(B, Hq, S, Dv, dtype=v.dtype if left is None else score.dtype)
     key, value, some = k.new_empty(B, Hkv, 1, D), v.new_empty(B, Hkv, 1, Dv), torch.empty_like(free, dtype=torch.bool)
-    _run(_decode_kernel, (B * Hkv,), *_flat(q, k, v), keys, values, position, score, free, count, *_flat(real, phi), H, z, logits, out, key,
-         value, some, scaling, N, Hkv, getattr(policy, "recent", 0), getattr(policy, "sinks", 0), LAST=NEVER, POLICY=kind, G=G, D=D, DV=Dv,
-         R=R, GP=GP, DP=_padded(D), DVP=_padded(Dv), RP=_padded(R), BLOCK=max(16, min(block, 2048 // GP)),
-         num_warps=4 if GP == 16 else 8, num_stages=2)  # fmt: skip
+    _run(_decode_kernel, (B * Hkv,), *_flat(q, k, v), keys, values, position, score, free, count, *_flat(real, phi), H, z, logits, out,
+         sums, left, key, value, some, scaling, S, N, Hkv, getattr(policy, "recent", 0), getattr(policy, "sinks", 0), LAST=NEVER,
+         POLICY=kind, G=G, D=D, DV=Dv, R=R, GP=_padded(G), DP=_padded(D), DVP=_padded(Dv), RP=_padded(R),
+         BLOCK=max(16, min(_block(max(D, Dv), k.itemsize), 2048 // _padded(G))), num_warps=4 if G <= 16 else 8, num_stages=2)  # fmt: skip
     if kind == "other":  # the kernel left sums over G in `score`; TOVA's mean over all heads is more than one program sees
         score.copy_(policy.observe(score, (score / G)[:, :, None]))
         free.copy_(policy.first_out(score, position, count[:, None, None].expand(B, Hkv, 1)))
         key, value, some = gather_tokens(keys, free), gather_tokens(values, free), position.gather(2, free) >= 0
         position.scatter_(2, free, -1)
-    count.add_(1 if real is None else real[:, 0].int())
+    count.add_(S if real is None else real.sum(1, dtype=torch.int32))
     return out, key, value, some
 
 
@@ -190,8 +196,7 @@ def _features_kernel(x, w1, w2, w3, s1, s2, out, batch_stride, head_stride, toke
     u = _gelu(u)
     if w3 is not None:  # psi has scales and a residual
         u *= tl.abs(tl.load(s1 + h * R + r, mask=r < R, other=0.0).to(tl.float32))
-        residual = _dot(u, _tile(w3, h * R + r, r, r < R, R).to(tl.float32))
-        u += residual * tl.load(s2 + h * R + r, mask=r < R, other=0.0).to(tl.float32)
+        u += _dot(u, _tile(w3, h * R + r, r, r < R, R).to(tl.float32)) * tl.load(s2 + h * R + r, mask=r < R, other=0.0).to(tl.float32)
     _put(out, (b * heads + h) * S + s, r, row < rows, R, tl.abs(u))
 
 
