@@ -32,6 +32,8 @@ from .policies import H2O, Full, Policy, budget_of
 from .profiles import options
 from .train import LayerTrainer, Recipe, capture_layers, features, layer_pool
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # everything is timed there, models on a GPU in half precision
+DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
 SCHEMES = ("ours", "stepwise", "stepwise, layers in parallel")
 EPOCHS = 3  # the fastest counts: the first fills the allocator, and a shared machine is slow at times
 
@@ -65,8 +67,19 @@ def stepwise_attention(q: Tensor, k: Tensor, v: Tensor, policy: H2O, phi: Tensor
     return weights @ v, target
 
 
+def now() -> float:
+    """Seconds, once the device has done all that it was given."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def peak_memory(reset: bool = False) -> float | None:
-    """The most MiB that this process held at once since the last reset; None where the system is not Linux."""
+    """The most MiB that this process held at once since the last reset, of a GPU's memory if it uses one; None where there is no Linux."""
+    if DEVICE.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
     try:
         if reset:
             ctypes.CDLL(None).malloc_trim(0)
@@ -81,10 +94,10 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
 
     `scheme` is "ours", "stepwise" (one layer after the other, as its authors do) or "stepwise, layers in parallel", as ours are.
     """
-    model, tokenizer = load_model(model_name, "cpu")
+    model, tokenizer = load_model(model_name, DEVICE, torch.float32)
     windows = training_windows([load_corpus("topics-train")], tokenizer, length, sequences, recipe.seed)
     policy, modules = H2O.from_budget(budget_of(fraction, length)), attention_modules(model)
-    kernels = Kernels.new(model_shape(model), recipe.kernel_size, recipe.hidden, recipe.dropout, recipe.seed)
+    kernels = Kernels.new(model_shape(model), recipe.kernel_size, recipe.hidden, recipe.dropout, recipe.seed).to(DEVICE)
     projections = {i: output_projection(module).weight.detach() for i, module in modules.items()}
     optimizers = {i: torch.optim.Adam(kernels[i].parameters(), lr=recipe.lr, fused=True) for i in modules}
     data, batches = capture_layers(model, windows, list(modules)), torch.arange(sequences).split(recipe.batch)
@@ -99,7 +112,7 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
 
     def stepwise(i: int) -> None:
         for rows in batches:
-            q, k, v = (x[rows].float() for x in (data[i].q, data[i].k, data[i].v))
+            q, k, v = (x[rows].to(DEVICE, torch.float32) for x in (data[i].q, data[i].k, data[i].v))
             out, target = stepwise_attention(q, k, v, policy, *features(layers[i], q, k), data[i].scaling)
             loss = ((out - target)[:, :, policy.budget :].transpose(1, 2).flatten(2) @ projections[i].T).square().mean()
             optimizers[i].zero_grad()
@@ -107,9 +120,9 @@ def epoch(scheme: str, length: int, sequences: int, fraction: float, recipe: Rec
             optimizers[i].step()
 
     def seconds(run: Callable, work: Callable[[int], None]) -> float:
-        begun = time.perf_counter()
+        begun = now()
         list(run(work, modules))
-        return time.perf_counter() - begun
+        return now() - begun
 
     held, once = peak_memory(reset=True), 0.0
     if scheme == "stepwise":
@@ -155,9 +168,9 @@ RUN = 4  # steps timed in a row, before the next method or context has its turn:
 
 
 def random_model(name: str) -> PreTrainedModel:
-    """A Llama of one of `MODELS`' shapes with random weights, context 32,768, that attends with SDPA."""
+    """A Llama of one of `MODELS`' shapes with random weights, context 32,768, that attends with SDPA, transformers' default."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**MODELS[name], max_position_embeddings=32768)).eval()  # with SDPA, transformers' default
+    return cast(Any, LlamaForCausalLM(LlamaConfig(**MODELS[name], max_position_embeddings=32768))).to(DEVICE, DTYPE).eval()
 
 
 def filled_cache(model: PreTrainedModel, method: str, policy: H2O, kernels: Kernels, batch: int, context: int, room: int) -> Any:
@@ -174,12 +187,12 @@ def filled_cache(model: PreTrainedModel, method: str, policy: H2O, kernels: Kern
         cache = LessCache(model, used, kernels if method == "LESS" else None, prefill="streaming")
 
     for i, a in itertools.product(range(shape["layers"]), range(0, context, FILL)):
-        heads, S, layer = shape["kv_heads"], min(FILL, context - a), cache.layers[i]
-        q, k, v = (torch.randn(batch, h, S, shape["head_dim"], generator=generator) for h in (shape["heads"], heads, heads))
+        heads, D, S, layer = shape["kv_heads"], shape["head_dim"], min(FILL, context - a), cache.layers[i]
+        q, k, v = (torch.randn(batch, h, S, D, generator=generator).to(DEVICE, DTYPE) for h in (shape["heads"], heads, heads))
         layer.armed = True
         cache.update(k, v, i)
         if method != "Full":
-            layer.attend(q, k, v, None, shape["head_dim"] ** -0.5)
+            layer.attend(q, k, v, None, D**-0.5)
     return cache
 
 
@@ -191,22 +204,22 @@ def decode_times(
     """Milliseconds of each of `steps` decode steps, by (method, context), after as many as warm up."""
     caches = {(m, n): filled_cache(model, m, policy, kernels, batch, n, 2 * steps + RUN) for m in methods for n in contexts}
     times: dict[tuple[str, int], list[float]] = {key: [] for key in caches}
-    tokens = torch.randint(0, model.config.vocab_size, (batch, 1))
+    tokens = torch.randint(0, model.config.vocab_size, (batch, 1), device=DEVICE)
     calls = {m: torch.compile(model, fullgraph=True, dynamic=False) if compiled else model for m in methods}  # their slots differ
     for _ in range(-(-2 * steps // RUN)):
         for (method, n), cache in caches.items():
             with contextlib.nullcontext() if method == "Full" else less(model):
                 for _ in range(RUN):
-                    begun = time.perf_counter()
+                    begun = now()
                     calls[method](tokens, past_key_values=cache)
-                    times[method, n].append(1000 * (time.perf_counter() - begun))
+                    times[method, n].append(1000 * (now() - begun))
     return {key: values[len(values) // 2 :] for key, values in times.items()}
 
 
 def print_decode(a: argparse.Namespace, name: str, hidden: int, batch: int, compiled: bool, dtype: str) -> None:
     """A table of medians, each with its ratio to the full cache at that context, and the two ratios that matter; see `main` for `a`."""
     model, policy = random_model(name), H2O.from_budget(a.budget)
-    kernels = Kernels.new(model_shape(model), 8, hidden).to(getattr(torch, dtype))
+    kernels = Kernels.new(model_shape(model), 8, hidden).to(DEVICE, getattr(torch, dtype))
     contexts, methods = (a.contexts[:1], METHODS[1:]) if compiled else (a.contexts, METHODS)
     torch._dynamo.reset()
     times = decode_times(model, policy, kernels, batch, contexts, a.steps, compiled, methods)
@@ -230,14 +243,14 @@ def scoring(name: str, length: int, batch: int, method: str, hidden: int, runs: 
     model = random_model(name)
     policy: Policy = Full() if method == "Full" else H2O.from_fraction(0.05, length)
     kernels = Kernels.new(model_shape(model), 8, hidden) if method == "LESS" else None
-    ids, seconds = torch.randint(0, model.config.vocab_size, (batch, length)), list[float]()
+    ids, seconds = torch.randint(0, model.config.vocab_size, (batch, length), device=DEVICE), list[float]()
     with less(model, policy, kernels, mode="parallel"):
         model(ids[:, :64], use_cache=False)
         held = peak_memory(reset=True)
         for _ in range(runs):
-            begun = time.perf_counter()
+            begun = now()
             model(ids, use_cache=False, logits_to_keep=1)
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(now() - begun)
     return min(seconds), None if held is None or (peak := peak_memory()) is None else peak - held
 
 
@@ -263,12 +276,12 @@ def print_memory(policy: H2O, hidden: int, at: list[int]) -> None:
         """A stopping criterion that never stops, and notes bytes and peak memory after some numbers of tokens."""
         if (generated := ids.shape[1] - 1) in at:
             rows.append((generated, cache.nbytes(), peak_memory()))
-        return torch.zeros(len(ids), dtype=torch.bool)
+        return torch.zeros(len(ids), dtype=torch.bool, device=DEVICE)
 
     with less(model):
-        model.generate(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache, max_new_tokens=max(at), do_sample=False,
+        model.generate(torch.ones(1, 1, dtype=torch.int64, device=DEVICE), past_key_values=cache, max_new_tokens=max(at), do_sample=False,
                        stopping_criteria=[note], eos_token_id=None, pad_token_id=0)  # fmt: skip
-    formula, report = cache_bytes(model_shape(model), policy, 8, 1, torch.float32), cache.report()
+    formula, report = cache_bytes(model_shape(model), policy, 8, 1, DTYPE), cache.report()
     print(f"\npico, batch 1, budget {policy.budget}: the formula says {formula:,} bytes; the kernels' weights are {report['kernels']:,}")
     print(f"{'tokens':>10}{'LESS bytes':>14}{'full bytes':>14}{'peak MiB':>12}")
     for n, held, peak in rows:
@@ -293,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     if a.which != "decode":
         return {"train": print_training, "score": print_scoring}[a.which](a)
     keep_memory()
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32")
+    print(f"{torch.get_num_threads()} threads, {DEVICE}, torch {torch.__version__}, {DTYPE}")
     if a.generate:
         print_memory(H2O.from_budget(a.budget), a.hidden[0], a.generate)
     for name, hidden, batch in itertools.product(a.models, a.hidden, a.batches):

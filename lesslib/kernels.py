@@ -150,8 +150,7 @@ class Kernels(nn.Module):
     def check(self, shape: dict[str, int], identity: dict[str, str] | None = None) -> None:
         """Raises ValueError naming the field in which a model of `shape` and `identity` (model, revision) differs, or for NaN weights."""
         for field, have in {**{f: shape[f] for f in SHAPE_FIELDS}, **(identity or {})}.items():
-            made_for = self.header.get(field, have)
-            if made_for != have:
+            if (made_for := self.header.get(field, have)) != have:
                 raise ValueError(f"{field} is {made_for} in the kernels and {have} in the model: train with python -m lesslib.train")
         if any(not t.isfinite().all() for t in self.state_dict().values()):
             raise ValueError("the kernels hold NaN or infinite weights: load or train them again")

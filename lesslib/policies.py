@@ -98,8 +98,7 @@ def budget_of(fraction: float, max_context: int) -> int:
     """`fraction` of `max_context`, rounded down to an even number of tokens. Raises ValueError outside (0, 1] or below 2 tokens."""
     if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ValueError(f"fraction {fraction!r} must lie in (0, 1]: 0.05 means 5% of the model's maximum context")
-    tokens = fraction * max_context
-    if tokens + 1e-9 < 2:
+    if (tokens := fraction * max_context) + 1e-9 < 2:
         raise ValueError(f"fraction {fraction!r} of a context of {max_context} is {tokens:.1f} tokens, below 2: use a larger fraction")
     return int(tokens + 1e-9) // 2 * 2
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from .bench import MODELS, random_model
+from .bench import DEVICE, DTYPE, MODELS, now, random_model
 from .cache import LessCache, LessLayer, cache_bytes
 from .experiments import record
 from .hf import less
@@ -73,13 +72,11 @@ class Bench:
     """A random model of a load's shape on this machine's device, its kernels, and the caches of each method."""
 
     def __init__(self, load: Load):
-        self.load, self.device = load, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        self.model = cast(Any, random_model(load.model)).to(self.device, dtype)
-        self.shape, self.dtype = model_shape(self.model), dtype
+        self.load, self.model = load, cast(Any, random_model(load.model))
+        self.shape = model_shape(self.model)
         self.policy = H2O.from_budget(max(4, int(load.fraction * (load.prompt + load.generate)) // 2 * 2))
-        self.kernels = Kernels.new(self.shape, 8, load.hidden).to(self.device, dtype)
-        graphs = "reduce-overhead" if self.device.type == "cuda" else None
+        self.kernels = Kernels.new(self.shape, 8, load.hidden).to(DEVICE, DTYPE)
+        graphs = "reduce-overhead" if DEVICE.type == "cuda" else None
         self.step: Any = torch.compile(self.model, fullgraph=True, dynamic=False, mode=graphs) if load.compiled else self.model
 
     def settings(self, method: str) -> tuple[H2O, Kernels | None]:
@@ -97,9 +94,9 @@ class Bench:
         """Bytes that the cache of `method` holds for each row at the end, by the formula, without what all rows share."""
         if method.startswith("Full"):
             s = self.shape
-            return 2 * s["layers"] * s["kv_heads"] * s["head_dim"] * (self.load.prompt + self.load.generate) * self.dtype.itemsize
+            return 2 * s["layers"] * s["kv_heads"] * s["head_dim"] * (self.load.prompt + self.load.generate) * DTYPE.itemsize
         policy, kernels = self.settings(method)
-        one, two = (cache_bytes(self.shape, policy, 8 if kernels else 0, rows, self.dtype) for rows in (1, 2))
+        one, two = (cache_bytes(self.shape, policy, 8 if kernels else 0, rows, DTYPE) for rows in (1, 2))
         return two - one
 
     def weights(self, method: str) -> int:
@@ -111,41 +108,34 @@ class Bench:
     def rows(self, method: str) -> int:
         return self.load.batch or max(1, int(self.load.cache_mib * 2**20 / self.row_bytes(method)))
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def attention(self, method: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if method.startswith("Full") else less(self.model)
 
     def run(self, method: str, generate: int, batch: int) -> dict[str, float]:
         """Seconds of the prompt and of `generate` tokens after it in `batch` rows, and the bytes that the cache then holds."""
         cache, held = self.cache(method), 0
-        ids = torch.randint(0, self.model.config.vocab_size, (batch, self.load.prompt), device=self.device)
+        ids = torch.randint(0, self.model.config.vocab_size, (batch, self.load.prompt), device=DEVICE)
         with torch.no_grad(), self.attention(method):
-            begun = self.now()
+            begun = now()
             token = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-            read = self.now()
+            read = now()
             step = self.model if method == "Full, dynamic" else self.step  # a cache that grows would be compiled again at every length
             for _ in range(generate - 1):
                 token = step(token, past_key_values=cache).logits.argmax(-1)
-            written = self.now()
+            written = now()
         if method.startswith("Full"):
             held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         return {"prompt": read - begun, "decode": written - read, "bytes": held or cache.nbytes()}
 
 
-def copy_bandwidth(device: torch.device, mib: int = 256) -> float:
-    """Bytes a second that this device reads and writes in a copy of `mib` MiB, best of five."""
-    source = torch.ones(mib << 18, device=device)
+def copy_bandwidth(mib: int = 256) -> float:
+    """Bytes a second that the device reads and writes in a copy of `mib` MiB, best of five."""
+    source = torch.ones(mib << 18, device=DEVICE)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = now()
         target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, now() - begun)
     return 2 * source.nbytes / best
 
 
@@ -157,7 +147,7 @@ def serve(load: Load, methods: tuple[str, ...] = METHODS, runs: int = RUNS) -> d
     others, and where no row fits, it has {"rows", "out_of_memory": True} instead.
     """
     bench, found = Bench(load), dict[str, dict]()
-    bandwidth = copy_bandwidth(bench.device)
+    bandwidth = copy_bandwidth()
     for run, method in ((run, method) for run in range(runs + 1) for method in methods):
         progress("runs", run * len(methods) + methods.index(method), (runs + 1) * len(methods))
         row = found.setdefault(method, {"rows": bench.rows(method), "prompt_s": [], "decode_s": []})
@@ -233,18 +223,18 @@ def parts(load: Load, methods: tuple[str, ...] = ("Full, static", "Baseline+", "
     times = {m: {part: list[float]() for part in (*PARTS, "total", "unobserved")} for m in methods}
     with torch.no_grad():
         for m in methods:
-            ids = torch.randint(0, bench.model.config.vocab_size, (bench.rows(m), load.prompt), device=bench.device)
+            ids = torch.randint(0, bench.model.config.vocab_size, (bench.rows(m), load.prompt), device=DEVICE)
             with bench.attention(m):
                 tokens[m] = bench.model(ids, past_key_values=caches[m], logits_to_keep=1).logits[:, -1:].argmax(-1)
         for i, m in ((i, m) for i in range(WARM_UP + steps) for m in methods):
             progress("steps", i, WARM_UP + steps)
-            clock = Clock(bench.now)
+            clock = Clock(now)
             with bench.attention(m), parts_timed(caches[m], clock):
                 clock.timed("decoding", bench.model)(tokens[m], past_key_values=caches[m])
             with bench.attention(m):
-                begun = bench.now()
+                begun = now()
                 bench.model(tokens[m], past_key_values=caches[m])
-                whole = bench.now() - begun
+                whole = now() - begun
             if i >= WARM_UP:
                 for part, seconds in {**clock.seconds, "total": sum(clock.seconds.values()), "unobserved": whole}.items():
                     times[m][part].append(1000 * seconds)

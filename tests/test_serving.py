@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lesslib import bench, plots, scoreboard, serving
+from lesslib.bench import DEVICE, now
 from lesslib.serving import LOADS, METHODS, PARTS, Bench, Clock, Load, copy_bandwidth, parts, parts_timed, serve
 
 SMALL = Load("pico", 40, 12, 3, hidden=16)
@@ -100,10 +101,10 @@ def test_a_clock_gives_each_part_what_parts_inside_it_do_not_take():
 
 def test_parts_are_timed_within_the_context_alone_and_change_no_result():
     served = Bench(SMALL)
-    ids = torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits, seconds = [], []
     for watched in (False, True):
-        cache, clock = served.cache("LESS"), Clock(served.now)
+        cache, clock = served.cache("LESS"), Clock(now)
         with torch.no_grad(), served.attention("LESS"):
             served.model(ids, past_key_values=cache)
             if watched:
@@ -136,7 +137,7 @@ def test_parts_are_of_as_many_rows_as_are_served(monkeypatch):
 
 
 def test_a_copys_bandwidth_is_that_of_memory():
-    assert 1e8 < copy_bandwidth(torch.device("cpu"), mib=64) < 1e13
+    assert 1e8 < copy_bandwidth(mib=64) < 1e13
 
 
 def test_both_tables_are_recorded_and_read_again(monkeypatch):
