@@ -181,8 +181,8 @@ def execute(notebook: Notebook, out: Path, parameters: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
-def write_back(notebook: Notebook, executed: Any, profile: str) -> None:
-    """--refresh: put the outputs into notebooks/, without times and other traces of this machine."""
+def write_back(notebook: Notebook, executed: Any, profile: str, path: Path) -> None:
+    """--refresh: write the notebook with its outputs to `path`, without times and other traces of this machine."""
     import nbformat
 
     for cell in executed.cells:
@@ -191,7 +191,7 @@ def write_back(notebook: Notebook, executed: Any, profile: str) -> None:
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"},
         "lesslib": {"needs": notebook.needs, "executed": notebook.sha256, "profile": profile},
     })  # fmt: skip
-    write_bytes(notebook.path, (nbformat.writes(executed).rstrip("\n") + "\n").encode())
+    write_bytes(path, (nbformat.writes(executed).rstrip("\n") + "\n").encode())
 
 
 def failure(error: Exception, out: Path, rerun: str) -> str:
@@ -235,7 +235,7 @@ def run(profile: str, record: Record, todo: list[Notebook], options: argparse.Na
         n.verdicts = "".join(o.text for c in checked for o in c.outputs if o.output_type == "stream").splitlines()
         n.state, n.seconds = "done", time.time() - begun
         if options.refresh:
-            write_back(n, executed, profile)
+            write_back(n, executed, profile, n.path if profile == "tiny" else record.home / "executed" / n.path.name)
         if not options.from_results:
             record.add(n)
 
@@ -250,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     either.add_argument("--fresh", action="store_true", help="compute again what was computed on this machine")
     either.add_argument("--from-results", action="store_true", help="redraw figures and tables from the recorded results, without compute")
     p.add_argument("--keep-going", action="store_true", help="go on after a notebook that fails")
-    p.add_argument("--refresh", action="store_true", help="also write the executed notebooks back into notebooks/, with outputs")
+    p.add_argument("--refresh", action="store_true", help="also write notebooks with outputs: to notebooks/, or results/PROFILE/executed")
     p.add_argument("--list", action="store_true", help="show the notebooks and what would be run")
     p.add_argument("--test", action="store_true", help="run the tests, on up to 4 cores; further arguments go to pytest")
     p.add_argument("--lab", action="store_true", help="open JupyterLab on the notebooks; further arguments go to it")

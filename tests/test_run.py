@@ -269,19 +269,22 @@ def test_notebooks_run_in_this_interpreter_at_the_root_with_their_parameters_wha
     assert out(home, "00_one").splitlines() == [sys.executable, str(ROOT), str(ROOT / "lesslib/__init__.py"), "smoke", "3", "smoke"]
 
 
-def test_refresh_writes_outputs_back_the_same_bytes_each_time(home):
-    write(home, "00_one", "import time\nprint('a')\ntime.sleep(0.3)\nprint('b')\n1 + 1", VERDICT, needs=["07"])
-    path = run.NOTEBOOKS / "00_one.ipynb"
-    before = run.Notebook(path).sha256
-    assert main("--refresh") == 0
+@pytest.mark.parametrize("profile", ["tiny", "smoke"])
+def test_refresh_writes_outputs_back_the_same_bytes_each_time(home, profile):
+    write(home, "00_one", "import time\nprint('a')\ntime.sleep(0.3)\nprint('b')\n1 + 1", VERDICT, needs=["00"])
+    source = run.NOTEBOOKS / "00_one.ipynb"
+    given, before = source.read_bytes(), run.Notebook(source).sha256
+    path = source if profile == "tiny" else home / "results/smoke/executed/00_one.ipynb"
+    assert run.main(["--profile", profile, "--refresh"]) == 0
     first = path.read_bytes()
-    assert main("--refresh") == 0
+    assert run.main(["--profile", profile, "--refresh"]) == 0
     assert path.read_bytes() == first
+    assert (source.read_bytes() == given) == (profile == "smoke")
     node = nbformat.reads(first.decode(), 4)
     assert [c.execution_count for c in node.cells if c.cell_type == "code"] == [1, 2, 3]
     assert [o.get("text") for o in node.cells[2].outputs] == ["a\nb\n", None]
     assert [c.metadata for c in node.cells] == [{}, {"tags": ["parameters"]}, {}, {"tags": ["nbval-check-output"]}]
-    assert node.metadata.lesslib == {"needs": ["07"], "executed": before, "profile": "smoke"}
+    assert node.metadata.lesslib == {"needs": ["00"], "executed": before, "profile": profile}
     assert str(home) not in first.decode()
 
 
