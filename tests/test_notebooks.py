@@ -33,7 +33,7 @@ def tagged(name, tag, profile="tiny"):
 
 def test_the_notebooks_are_these():
     assert tuple(sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb"))) == NAMES
-    assert sorted(p.stem for p in FOLDERS["wild"].glob("*.ipynb")) == [n for _, n in ELSEWHERE]
+    assert sorted({p.stem for p in FOLDERS["wild"].glob("*.ipynb")} - {"13_generate"}) == [n for _, n in ELSEWHERE]  # 13 is not committed
 
 
 @each

@@ -351,6 +351,17 @@ def test_a_sequence_of_several_blocks_of_slots(device, draw, monkeypatch):
         close(got.logsumexp, want.logsumexp)
 
 
+def test_gradients_come_from_the_torch_form(device, draw, monkeypatch):
+    monkeypatch.setenv("LESS_TRITON", "1")
+    for wanted in range(3):
+        qkv = [draw(1, 2, 9, 32), draw(1, 1, 9, 32), draw(1, 1, 9, 32)]
+        out = parallel.less_attention(*(x.requires_grad_(i == wanted) for i, x in enumerate(qkv)), H2O(2, 2))
+        torch.autograd.grad(out.square().sum(), qkv[wanted])
+    with torch.no_grad():
+        monkeypatch.setattr(parallel, "simulate", lambda *args: pytest.fail("the torch form ran"))
+        parallel.less_attention(*(x.detach() for x in qkv), H2O(2, 2))
+
+
 def test_policies_that_one_head_of_a_bounded_cache_cannot_decide_keep_the_torch_form(device, draw, monkeypatch):
     monkeypatch.setenv("LESS_TRITON", "1")
     q, k, v, real = draw(1, 2, 9, 32), draw(1, 1, 9, 32), draw(1, 1, 9, 32), torch.ones(1, 9, dtype=torch.bool, device=device)
