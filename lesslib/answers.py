@@ -77,7 +77,7 @@ def continuations(
     batch: int = 8, temperature: float = 0.0, seed: int = 0,
 ) -> list[list[str]]:  # fmt: skip
     """By (policy, kernels) of `methods`, what `model` writes after each prompt, up to a line's end or `new_tokens`: greedy, or sampled at
-    a `temperature`. Prompts are padded on the left, and read densely, once for all: policies but Full must be of one class."""
+    a `temperature`. Prompts are padded on the left, and read densely, once: ValueError unless policies but Full are of one class."""
     said, order = [[""] * len(asked) for _ in methods], sorted(range(len(asked)), key=lambda i: -len(asked[i]))
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     stop = [t for t in (tokenizer.eos_token_id, newline) if t is not None]

@@ -293,7 +293,8 @@ def main(argv: list[str] | None = None) -> None:
     which = p.add_subparsers(dest="which", required=True)
     t, d, s = (which.add_parser(name) for name in ("train", "decode", "score"))
     options(t, lengths=((512, 1024, 2048), "tokens a window"), schemes=(SCHEMES, "ratios are of the first", SCHEMES),
-            sequences=(8, "windows"), fraction=(0.05, "H2O's budget, of a window"), hidden=(128, "kernels' width"), dropout=(0.0, "share"))
+            sequences=(8, "windows an epoch"), fraction=(0.05, "H2O's budget as a share of the window"),
+            hidden=(128, "width of the kernels"), dropout=(0.0, "on the first pre-activation"))  # fmt: skip
     options(d, models=(("pico", "12x768"), "shapes of random models", MODELS), batches=((1, 8), "rows decoded together"),
             contexts=((1024, 4096, 16384), "tokens seen before"), budget=(204, "H2O's slots: 204 is 5%% of Llama 2's context"),
             hidden=((128, 512), "width of the kernels"), steps=(24, "decode steps timed for each entry, after as many that warm up"),

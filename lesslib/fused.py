@@ -36,16 +36,17 @@ def step(layer: Any, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scali
 
 def evict(policy: Policy, q: Tensor, k: Tensor, v: Tensor, real: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """`parallel.evict`, all steps of a sequence in one kernel: times, output and log-sum-exps, the last two in float32. None where the
-    kernels are not wanted, and for policies that they do not take: they score by what one key-value head of a bounded cache sees."""
-    (B, Hkv, S), C = k.shape[:3], policy.budget
-    if C is None or not wanted(q) or not (isinstance(policy, Lambda) or (isinstance(policy, H2O) and policy.scores == "cache")):
+    kernels are not wanted or gradients are, and for policies that ask for more than one key-value head of a bounded cache sees."""
+    (B, Hkv, S), C = k.shape[:3], policy.budget or 0
+    taken = isinstance(policy, Lambda) or (isinstance(policy, H2O) and policy.scores == "cache")
+    if not taken or not wanted(q) or any(x.requires_grad for x in (q, k, v)):
         return None
     empty, free = real.new_full((B, Hkv, C + 1), -1, dtype=torch.int32), real.new_full((B, Hkv, 1), C, dtype=torch.int64)
     sums, left = q.new_empty(q.shape[:3], dtype=torch.float32), empty.new_empty(B, Hkv, S)
     buffers = [*(x.new_empty(B, Hkv, C + 1, x.shape[-1]) for x in (k, v)), empty, empty.float(), free, empty.new_zeros(B), None, None]
     out = triton.decode_step(policy, q, k, v, buffers, None, real, scaling, sums, left)[0]
-    after = torch.arange(1, S + 1, dtype=torch.int32, device=k.device).expand(B, Hkv, S)  # the first query that no longer sees what left
-    times = empty.new_full((B, Hkv, S + 1), NEVER).scatter_(2, left.long() % (S + 1), after)[..., :S]  # by position; of none: cut off
+    last = scan.arrivals(left.where(left >= 0, NEVER))  # by position, the query that it left after, -1 for none: the inverse of `left`
+    times = (last + 1).where(last >= 0, NEVER).int()
     token = (~real).int().argsort(dim=1, stable=True)[:, None].expand(B, Hkv, S)  # at each position
     return torch.empty_like(times).scatter_(2, token, times), out, sums
 

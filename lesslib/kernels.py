@@ -132,7 +132,7 @@ class Kernels(nn.Module):
         """Freshly initialised kernels for a model of `shape` (`layers`, `heads`, `kv_heads`, `head_dim`)."""
         header = _header(shape, kernel_size=kernel_size, hidden=hidden)
         sizes = {what: n for what, n in header.items() if what != "layers"}
-        own = (torch.Generator().manual_seed(seed * 1000 + i) for i in range(shape["layers"]))  # layers may train in any order or place
+        own = (torch.Generator().manual_seed(seed * 1000 + i) for i in range(shape["layers"]))  # one each: layers train anywhere
         layers: list[nn.Module] = [LayerKernels(**sizes, dropout=dropout, generator=generator) for generator in own]
         return cls(header | {"seed": seed}, layers)
 

@@ -38,7 +38,7 @@ def evict(policy: Policy, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None =
     B, _, S, D = k.shape
     scaling = D**-0.5 if scaling is None else scaling
     real = torch.ones(B, S, dtype=torch.bool, device=k.device) if real is None else real
-    if not (q.requires_grad or k.requires_grad or v.requires_grad) and (found := fused.evict(policy, q, k, v, real, scaling)):
+    if found := fused.evict(policy, q, k, v, real, scaling):
         return Evicted(*found)
     times = simulate(policy, q, k, real, scaling)
     sparse, logsumexp = sparse_attention(q, k, v, times, S if policy.budget is None else policy.budget, real, scaling)

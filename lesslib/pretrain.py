@@ -252,8 +252,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True, help="folder for token files, the checkpoint and the final model/")
     options(p, minutes=(60.0, "end the run and the learning-rate decay after this wall time (or inf)"),
             tokens=(100_000_000, "or after this many tokens, whichever comes first"), batch=(8, "windows a step"),
-            lr=(2e-3, "peak learning rate"), seed=(0, "of the order of windows"),
-            windows=(64, "held-out windows per corpus, each inside one document"),
+            lr=(2e-3, "peak learning rate"), seed=(0, "of the order of windows"), windows=(64, "held-out windows per corpus"),
             stories=(0.0, "share of the windows that are of storyworld's stories and tasks"),
             answers=(1.0, "how often a token that follows a colon in its line counts in the loss"),
             echoes=(0.0, "share of the windows that say one stretch over and over, to learn copying"),

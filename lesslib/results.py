@@ -250,7 +250,7 @@ _began: dict[str, float] = {}  # when each loop was first heard of
 
 def progress(label: str, done: int, total: int, left: str = "") -> None:
     """Say that a loop has done `done` of `total` steps: to the runner by the file $LESS_PROGRESS, else as a bar; rank 0 alone does."""
-    if "silent" in _sweep or os.environ.get("RANK", "0") != "0":
+    if "silent" in _sweep or os.environ.get("RANK", "") not in ("", "0"):
         return
     if file := os.environ.get("LESS_PROGRESS"):
         write_json(file, [*filter(None, [_sweep.get("done"), f"{label} {done}/{total}", left or _sweep.get("left")])])

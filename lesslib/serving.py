@@ -265,8 +265,7 @@ def main(argv: list[str] | None = None) -> None:
             batch=(0, "rows at once"), cache_mib=(0, "instead: as many rows as each method's cache fits into so many MiB"),
             fraction=(0.05, "H2O's budget as a share of prompt + generate"), hidden=(128, "width of the kernels; the paper's is 512"),
             compiled=(False, "decode steps through torch.compile, on a GPU as CUDA graphs"), runs=(RUNS, "after a few tokens that warm up"),
-            methods=(METHODS, "the first is what ratios are taken of", METHODS),
-            parts=(False, "the parts of a step (Table 8) instead"))  # fmt: skip
+            methods=(METHODS, "ratios are of the first", METHODS), parts=(False, "the parts of a step (Table 8) instead"))  # fmt: skip
     p.add_argument("--out", type=Path, help="also write JSON there")
     a = p.parse_args(argv)
     keep_memory()

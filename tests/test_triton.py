@@ -345,7 +345,9 @@ def test_a_sequence_of_several_blocks_of_slots(device, draw, monkeypatch):
     q, k, v = draw(1, 2, 100, 32), draw(1, 1, 100, 32), draw(1, 1, 100, 32)
     for policy in (H2O(heavy=40, recent=38), Lambda(recent=70, sinks=4)):
         want = parallel.evict(policy, q.double(), k.double(), v.double())
-        got = parallel.evict(policy, q, k, v)
+        with monkeypatch.context() as patched:
+            patched.setattr(parallel, "simulate", lambda *args: pytest.fail("the torch form ran"))
+            got = parallel.evict(policy, q, k, v)
         assert torch.equal(got.times, want.times)
         close(got.sparse, want.sparse)
         close(got.logsumexp, want.logsumexp)
@@ -369,6 +371,7 @@ def test_policies_that_one_head_of_a_bounded_cache_cannot_decide_keep_the_torch_
     for policy in (TOVA(4), H2O(2, 2, scores="full"), Full()):
         assert fused.evict(policy, q, k, v, real, 0.1) is None
     assert fused.evict(H2O(2, 2), q.double(), k.double(), v.double(), real, 0.1) is None
+    assert fused.evict(H2O(2, 2), q, k, v.clone().requires_grad_(), real, 0.1) is None
     monkeypatch.delenv("LESS_TRITON")
     assert fused.evict(H2O(2, 2), q, k, v, real, 0.1) is None
 
