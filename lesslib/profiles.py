@@ -1,10 +1,12 @@
 """Profiles: what a run of the notebooks uses. A notebook's parameters are `profile` and `seed`, no more. And a command line's options."""
-import argparse
+
 import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from lesslib.util.paths import ASSETS, ROOT
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,9 @@ class Profile:
     where: str
     model: str = "pico-llama"
     evaluation: tuple[str, ...] = ("topics-heldout",)  # corpora that perplexity is measured on
-    training: tuple[str, ...] = ("topics-train",)  # corpora that kernels are trained on, in equal shares
+    training: tuple[str, ...] = (
+        "topics-train",
+    )  # corpora that kernels are trained on, in equal shares
     windows_per_document: int = 8  # evaluation windows, spread evenly over each document
     max_windows: int = 64  # evaluation windows per corpus
     batch: int = 8  # evaluation windows at once
@@ -40,14 +44,27 @@ class Profile:
         return replace(self, model=model, training=("stories-kernels",) if own else self.training)
 
 
-READERS = {"llama": "pico-llama-stories", "wide": "pico-llama-wide", "falcon": "pico-falcon-stories"}  # were taught stories and tasks
-HUB_MODELS = {"wide": "meta-llama/Llama-2-13b-hf", "falcon": "tiiuae/falcon-7b"}  # of the profile paper, beside its own
+READERS = {
+    "llama": "pico-llama-stories",
+    "wide": "pico-llama-wide",
+    "falcon": "pico-falcon-stories",
+}  # were taught stories and tasks
+HUB_MODELS = {
+    "wide": "meta-llama/Llama-2-13b-hf",
+    "falcon": "tiiuae/falcon-7b",
+}  # of the profile paper, beside its own
 
 
 def roles(profile: str, tasks: bool = False) -> dict[str, str]:
     """Model names by role: "llama" (the paper's Llama 2 7B), "wide" (13B) and "falcon"; those that answer `tasks`, or that read text."""
     llama = {"llama": PROFILES[profile].model}
-    return llama | HUB_MODELS if profile == "paper" else READERS if tasks else llama | {"falcon": "pico-falcon"}
+    return (
+        llama | HUB_MODELS
+        if profile == "paper"
+        else READERS
+        if tasks
+        else llama | {"falcon": "pico-falcon"}
+    )
 
 
 @dataclass(frozen=True)
@@ -61,25 +78,25 @@ class Tasks:
     length: int = 400  # words of a story; real texts are cut there
     lengths: tuple[int, ...] = (330, 380, 430, 480)  # the same, of notebook 09's prompts
     at_once: int = 48  # texts written at once; a step of decoding is small, but all their keys and values must fit twice
-    withheld: int = 0  # examples asked without their text, to see what the question alone gives away
-
-
-def options(parser: argparse.ArgumentParser, **given: Any) -> None:
-    """Add --options to `parser`, each by (default, help[, choices]), of the default's type; a tuple takes one word or more, a list any."""
-    for name, (default, what, *choices) in given.items():
-        many = {"tuple": "+", "list": "*"}.get(type(default).__name__)
-        kind: Any = {"nargs": many, "type": type(default[0] if many else default), "choices": choices[0] if choices else None}
-        kind = {"action": "store_true"} if default is False else kind
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=f"{what} (default: %(default)s)", **kind)
+    withheld: int = (
+        0  # examples asked without their text, to see what the question alone gives away
+    )
 
 
 def _frozen(x: Any) -> Any:
     return tuple(map(_frozen, x)) if isinstance(x, list) else x
 
 
-SETTINGS: dict[str, dict] = json.loads((Path(__file__).parent / "assets" / "profiles.json").read_text())  # beside the defaults above
-PROFILES = {name: Profile(name, **{k: _frozen(v) for k, v in s["profile"].items()}) for name, s in SETTINGS.items()}
-TASKS = {name: Tasks(**{k: _frozen(v) for k, v in s["tasks"].items()}) for name, s in SETTINGS.items()}
+SETTINGS: dict[str, dict] = json.loads(
+    (ASSETS / "profiles.json").read_text()
+)  # beside the defaults above
+PROFILES = {
+    name: Profile(name, **{k: _frozen(v) for k, v in s["profile"].items()})
+    for name, s in SETTINGS.items()
+}
+TASKS = {
+    name: Tasks(**{k: _frozen(v) for k, v in s["tasks"].items()}) for name, s in SETTINGS.items()
+}
 
 
 def get_limit() -> int:
@@ -91,7 +108,11 @@ def get_limit() -> int:
 
 
 def _cut(settings: Any, *names: str, **more: Any) -> Any:
-    return replace(settings, **{n: min(limit, getattr(settings, n)) for n in names}, **more) if (limit := get_limit()) else settings
+    return (
+        replace(settings, **{n: min(limit, getattr(settings, n)) for n in names}, **more)
+        if (limit := get_limit())
+        else settings
+    )
 
 
 def get_profile(name: str | None = None) -> Profile:
@@ -99,9 +120,26 @@ def get_profile(name: str | None = None) -> Profile:
     name = name or os.environ.get("LESS_PROFILE") or "tiny"
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}: choose from {', '.join(PROFILES)}")
-    return _cut(PROFILES[name], "windows_per_document", "max_windows", "sequences", "epochs", validation=1, disk_gib=0.0, gpu_gib=0.0)
+    return _cut(
+        PROFILES[name],
+        "windows_per_document",
+        "max_windows",
+        "sequences",
+        "epochs",
+        validation=1,
+        disk_gib=0.0,
+        gpu_gib=0.0,
+    )
 
 
 def get_tasks(profile: str) -> Tasks:
     """The tasks of a profile, cut to the limit."""
     return _cut(TASKS[profile], "choices", "texts", "withheld")
+
+
+def results_dir(profile: str) -> Path:
+    """Where `profile`'s results lie: below $LESS_RESULTS, or the repository's results/; apart from them where $LESS_LIMIT cuts it short."""
+    limit = get_limit()
+    return Path(os.environ.get("LESS_RESULTS") or ROOT / "results") / (
+        f"{profile}-limit{limit}" if limit else profile
+    )

@@ -1,4 +1,5 @@
 """What every test may count on: offline, one thread, the smoke profile, results in a temporary folder, a fixed seed."""
+
 import functools
 import os
 import shutil
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 # Before lesslib or transformers are imported, and in the environment itself: notebooks and subprocesses see it too.
-os.environ.update(HF_HUB_OFFLINE="1", LESS_PROFILE="smoke", LESS_RESULTS=tempfile.mkdtemp(prefix="less-tests-"))
+os.environ.update(
+    HF_HUB_OFFLINE="1", LESS_PROFILE="smoke", LESS_RESULTS=tempfile.mkdtemp(prefix="less-tests-")
+)
 for name in ("LESS_LEDGER", "LESS_PROGRESS", "LESS_FROM_RESULTS"):
     os.environ.pop(name, None)
 SESSION_RESULTS = os.environ["LESS_RESULTS"]
@@ -41,9 +44,20 @@ def sequences():
         generator = torch.Generator().manual_seed(seed)
         q, k, v = normal(B, Hq, S, D), normal(B, Hkv, S, D), normal(B, Hkv, S, Dv)
         q[..., 0] = D**0.5
-        k[..., 0] = 12 * torch.rand(B, Hkv, S, generator=generator, dtype=torch.float64) * torch.linspace(0, 1, S, dtype=torch.float64)
+        k[..., 0] = (
+            12
+            * torch.rand(B, Hkv, S, generator=generator, dtype=torch.float64)
+            * torch.linspace(0, 1, S, dtype=torch.float64)
+        )
         real = None if pads is None else torch.arange(S) >= torch.tensor(pads)[:, None]
-        return SimpleNamespace(q=q, k=k * spread, v=v, phi=normal(B, Hq, S, R).abs(), psi=normal(B, Hkv, S, R).abs(), real=real)
+        return SimpleNamespace(
+            q=q,
+            k=k * spread,
+            v=v,
+            phi=normal(B, Hq, S, R).abs(),
+            psi=normal(B, Hkv, S, R).abs(),
+            real=real,
+        )
 
     return draw
 
@@ -51,7 +65,7 @@ def sequences():
 @pytest.fixture(scope="module")
 def models():
     """A function from an architecture's name in tests/zoo.py to its model, built once for a test file."""
-    from zoo import WITH_HYBRID, build
+    from tiny_models import WITH_HYBRID, build
 
     return functools.cache(lambda name: build(WITH_HYBRID[name]()))
 

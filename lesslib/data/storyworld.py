@@ -6,21 +6,42 @@ about; some facts come up again. Its tasks stand in for the paper's: `summary` (
 `yes_no` (BoolQ; on turns, which fall like a coin), `reply` (MuTual; wrong ones are true of others in the story): without it all is chance.
 Names, places, trades and things are a head and a tail, hundreds of each kind: closed lists of sixty would be learnt by heart.
 """
+
 import functools
 import hashlib
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-PEOPLE = {"summary": (4, 3), "sentence": (3, 2), "tellings": (2, 2), "yes_no": (4, 2), "reply": (4, 4)}  # in a story; in a shot
+from lesslib.util.paths import ASSETS
+
+PEOPLE = {
+    "summary": (4, 3),
+    "sentence": (3, 2),
+    "tellings": (2, 2),
+    "yes_no": (4, 2),
+    "reply": (4, 4),
+}  # in a story; in a shot
 KINDS = tuple(PEOPLE)
-HELDOUT, ECHO = 0.2, 0.4  # the share of every kind of words that no training story uses; the chance that a fact comes up again
+HELDOUT, ECHO = (
+    0.2,
+    0.4,
+)  # the share of every kind of words that no training story uses; the chance that a fact comes up again
 TURNS = ("word", "return", "sick", "wed", "rich", "read")
-VALUES = {"home": "places", "trade": "trades", "possession": "things", "journey": "places", "promise": "things"}  # words by relation
+VALUES = {
+    "home": "places",
+    "trade": "trades",
+    "possession": "things",
+    "journey": "places",
+    "promise": "things",
+}  # words by relation
 PRONOUNS = {"he": "she", "his": "her", "him": "her", "man": "woman", "groom": "bride"}
-LEADS = {"summary": "Summary:", "sentence": "In one sentence:", "tellings": "What all tellings say:"}
+LEADS = {
+    "summary": "Summary:",
+    "sentence": "In one sentence:",
+    "tellings": "What all tellings say:",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +80,7 @@ class World:
 @functools.cache
 def grammar() -> dict:
     """Parts of words and sentence patterns (assets/storyworld.json)."""
-    return json.loads((Path(__file__).parents[1] / "assets" / "storyworld.json").read_text())
+    return json.loads((ASSETS / "storyworld.json").read_text())
 
 
 @functools.cache
@@ -88,7 +109,9 @@ def new_world(rng: random.Random, people: int, relations: tuple[str, ...], heldo
     circle = rng.sample(world.people, people)
     for relation in relations:
         for person in world.people:
-            value = rng.choice(("yes", "no")) if relation in TURNS else drawn[VALUES[relation]].pop()
+            value = (
+                rng.choice(("yes", "no")) if relation in TURNS else drawn[VALUES[relation]].pop()
+            )
             other = circle[(circle.index(person) + 1) % people] if relation == "promise" else ""
             world.facts[relation, person] = Fact(relation, person, value, other)
     return world
@@ -104,14 +127,22 @@ def fill(pattern: str, rng: random.Random, world: World, fact: Fact) -> str:
 def patterns(fact: Fact, again: bool = False) -> list[str]:
     """The sentences that tell a fact, or tell it again."""
     g = grammar()
-    return g["turns"][fact.relation][fact.value] if fact.relation in TURNS else g["relations"][fact.relation]["again" if again else "told"]
+    return (
+        g["turns"][fact.relation][fact.value]
+        if fact.relation in TURNS
+        else g["relations"][fact.relation]["again" if again else "told"]
+    )
 
 
 def tell(rng: random.Random, world: World, facts: list[Fact], length: int) -> str:
     """The `facts` in order, each told once and some again later, among as many other sentences as make up `length` words."""
     g = grammar()
     told = [(i / max(1, len(facts)) * 0.6, rng.choice(patterns(f)), f) for i, f in enumerate(facts)]
-    again = [(rng.uniform(0.65, 1), rng.choice(patterns(f, again=True)), f) for f in facts if rng.random() < ECHO]
+    again = [
+        (rng.uniform(0.65, 1), rng.choice(patterns(f, again=True)), f)
+        for f in facts
+        if rng.random() < ECHO
+    ]
     placed = [(at, fill(pattern, rng, world, f)) for at, pattern, f in told + again]
     names, decks = ", ".join(world.people[:-1]) + " and " + world.people[-1], dict[str, list[str]]()
     placed.append((-1.0, rng.choice(g["openings"]).format(cast=names)))
@@ -119,7 +150,9 @@ def tell(rng: random.Random, world: World, facts: list[Fact], length: int) -> st
     while count < length:
         kind = "deeds" if rng.random() < 0.3 else "scenes"
         deck = decks.setdefault(kind, [])
-        deck += [] if deck else rng.sample(g[kind], len(g[kind]))  # none comes again before all have come
+        deck += (
+            [] if deck else rng.sample(g[kind], len(g[kind]))
+        )  # none comes again before all have come
         sentence = fill(deck.pop(), rng, world, Fact("", rng.choice(world.people), ""))
         new_paragraph = kind == "scenes" and rng.random() < 0.3
         placed.append((rng.random(), "\n" * new_paragraph + sentence))
@@ -135,12 +168,16 @@ def summary_of(world: World, kind: str) -> str:
 
     hero, other = world.people[0], world.facts["promise", world.people[0]].other
     if kind == "summary":
-        return " ".join(f"{p}, a {what('trade', p)} from {what('home', p)}, took the {what('possession', p)} to {what('journey', p)}."
-                        for p in world.people[:3])  # fmt: skip
+        return " ".join(
+            f"{p}, a {what('trade', p)} from {what('home', p)}, took the {what('possession', p)} to {what('journey', p)}."
+            for p in world.people[:3]
+        )
     if kind == "sentence":
         return f"{hero} of {what('home', hero)} promised {other} a {what('promise', hero)} and travelled to {what('journey', hero)}."
-    return (f"{hero} lived in {what('home', hero)} and worked as a {what('trade', hero)}. {hero} owned a {what('possession', hero)} "
-            f"and took it to {what('journey', hero)}. {hero} promised {other} a {what('promise', hero)}.")  # fmt: skip
+    return (
+        f"{hero} lived in {what('home', hero)} and worked as a {what('trade', hero)}. {hero} owned a {what('possession', hero)} "
+        f"and took it to {what('journey', hero)}. {hero} promised {other} a {what('promise', hero)}."
+    )
 
 
 def story(rng: random.Random, world: World, length: int, tellings: bool = False) -> str:
@@ -149,18 +186,33 @@ def story(rng: random.Random, world: World, length: int, tellings: bool = False)
     if not tellings:
         return tell(rng, world, facts, length)
     told_in = [{rng.randrange(3)} | {i for i in range(3) if rng.random() < 0.25} for _ in facts]
-    parts = [(x, [f for f, where in zip(facts, told_in, strict=True) if i in where]) for i, x in enumerate(("First", "Second", "Third"))]
-    return "\n".join(f"{ordinal} telling. {tell(rng, world, part, length // 3)}" for ordinal, part in parts)
+    parts = [
+        (x, [f for f, where in zip(facts, told_in, strict=True) if i in where])
+        for i, x in enumerate(("First", "Second", "Third"))
+    ]
+    return "\n".join(
+        f"{ordinal} telling. {tell(rng, world, part, length // 3)}" for ordinal, part in parts
+    )
 
 
-def ask(rng: random.Random, world: World, text: str, kind: str, fact: Fact | None = None) -> Example:
+def ask(
+    rng: random.Random, world: World, text: str, kind: str, fact: Fact | None = None
+) -> Example:
     """One task of `kind` about a told world (and a `fact`)."""
     if kind in LEADS:
         return Example(kind, text, LEADS[kind], (summary_of(world, kind),))
-    fact = fact or rng.choice([f for f in world.facts.values() if f.relation in (TURNS if kind == "yes_no" else VALUES)])
+    fact = fact or rng.choice(
+        [f for f in world.facts.values() if f.relation in (TURNS if kind == "yes_no" else VALUES)]
+    )
     if kind == "yes_no":
         question = fill(rng.choice(grammar()["turns"][fact.relation]["ask"]), rng, world, fact)
-        return Example(kind, text, f"Question: {question}\nAnswer:", ("yes", "no"), ("yes", "no").index(fact.value))
+        return Example(
+            kind,
+            text,
+            f"Question: {question}\nAnswer:",
+            ("yes", "no"),
+            ("yes", "no").index(fact.value),
+        )
     rivals = [f.value for f in world.facts.values() if f.relation == fact.relation and f != fact]
     speaker = fact.other or rng.choice([p for p in world.people if p != fact.person])
     question, answer = grammar()["relations"][fact.relation]["talk"]
@@ -170,7 +222,14 @@ def ask(rng: random.Random, world: World, text: str, kind: str, fact: Fact | Non
     return Example(kind, text, lead, replies, values.index(fact.value))
 
 
-def examples(kind: str, count: int, seed: int = 0, length: int = 450, heldout: bool = True, small: bool = False) -> list[Example]:
+def examples(
+    kind: str,
+    count: int,
+    seed: int = 0,
+    length: int = 450,
+    heldout: bool = True,
+    small: bool = False,
+) -> list[Example]:
     """`count` tasks of `kind`, each about a story of its own of about `length` words (4 words make some 7 tokens of pico-llama).
 
     `small`: the shortest stories that the kind allows, as shots of a prompt. Example `i` does not depend on `count`. Raises ValueError for
@@ -182,11 +241,15 @@ def examples(kind: str, count: int, seed: int = 0, length: int = 450, heldout: b
     if small:
         length = 0
     elif length < (least := (12 if kind == "yes_no" else 16) * people * len(every)):
-        raise ValueError(f"length is {length}, too short for the {people * len(every)} facts of a {kind} story: give {least} words or more")
+        raise ValueError(
+            f"length is {length}, too short for the {people * len(every)} facts of a {kind} story: give {least} words or more"
+        )
     found = []
     for i in range(count):
         rng = random.Random(f"{kind}/{seed}/{i}/{heldout}/{small}")
-        world = new_world(rng, people, (rng.choice(every),) if small and kind not in LEADS else every, heldout)
+        world = new_world(
+            rng, people, (rng.choice(every),) if small and kind not in LEADS else every, heldout
+        )
         found.append(ask(rng, world, story(rng, world, length, kind == "tellings"), kind))
     return found
 
@@ -196,7 +259,9 @@ def questions(rng: random.Random, world: World, count: int) -> list[str]:
     found = []
     for fact in rng.sample(list(world.facts.values()), min(count, len(world.facts))):
         if fact.relation in VALUES and (len(world.people) < 4 or rng.random() < 0.5):
-            question, answer = (fill(p, rng, world, fact) for p in grammar()["relations"][fact.relation]["what"])
+            question, answer = (
+                fill(p, rng, world, fact) for p in grammar()["relations"][fact.relation]["what"]
+            )
             found.append(f"Question: {question}\nAnswer: {answer}")
         else:
             kind = "yes_no" if fact.relation in TURNS else "reply"
@@ -207,7 +272,9 @@ def questions(rng: random.Random, world: World, count: int) -> list[str]:
 def drill(rng: random.Random, heldout: bool) -> str:
     """A few bare facts and many questions: where a model learns what a question asks for, long before it can follow a story."""
     people = rng.choice((1, 2, 2, 3, 4, 5))
-    known = [r for r in (*VALUES, *TURNS) if people > 1 or r != "promise"]  # none promises himself a thing
+    known = [
+        r for r in (*VALUES, *TURNS) if people > 1 or r != "promise"
+    ]  # none promises himself a thing
     world = new_world(rng, people, tuple(rng.sample(known, rng.choice((1, 1, 2, 3)))), heldout)
     told = [fill(rng.choice(patterns(f)), rng, world, f) for f in world.facts.values()]
     return "\n".join([" ".join(rng.sample(told, len(told))), *questions(rng, world, len(told))])
@@ -217,12 +284,22 @@ def lesson(rng: random.Random, heldout: bool) -> str:
     """A story, and several tasks on it."""
     people, tellings = rng.choice((2, 3, 4, 4, 5)), rng.random() < 0.2
     relations, turns = rng.choice(((5, 0), (5, 0), (5, 2), (2, 4), (1, 6), (1, 6)))
-    world = new_world(rng, people, (*rng.sample(list(VALUES), relations), *rng.sample(TURNS, turns)), heldout)
+    world = new_world(
+        rng, people, (*rng.sample(list(VALUES), relations), *rng.sample(TURNS, turns)), heldout
+    )
     tasks = questions(rng, world, rng.randint(6, 12))
     if relations == len(VALUES):
         fit = ["tellings"] if tellings else ["sentence", "summary"] if people >= 3 else ["sentence"]
-        tasks.insert(rng.randrange(len(tasks)), ask(rng, world, "", rng.choice(fit)).shown(answer=True, text=False))
-    return "\n".join([story(rng, world, int(12 * len(world.facts) * rng.choice((1.1, 1.4, 1.8))), tellings), *tasks])
+        tasks.insert(
+            rng.randrange(len(tasks)),
+            ask(rng, world, "", rng.choice(fit)).shown(answer=True, text=False),
+        )
+    return "\n".join(
+        [
+            story(rng, world, int(12 * len(world.facts) * rng.choice((1.1, 1.4, 1.8))), tellings),
+            *tasks,
+        ]
+    )
 
 
 def lessons(count: int, seed: int, heldout: bool = False) -> Iterator[str]:

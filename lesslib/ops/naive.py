@@ -2,6 +2,7 @@
 
 It takes a policy's fields but none of its code, so that a slip in `lesslib.policies` cannot hide here too.
 """
+
 from __future__ import annotations
 
 import torch
@@ -9,9 +10,15 @@ from torch import Tensor
 
 
 def naive_attention(
-    q: Tensor, k: Tensor, v: Tensor, policy, phi: Tensor | None = None, psi: Tensor | None = None,
-    real: Tensor | None = None, scaling: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy,
+    phi: Tensor | None = None,
+    psi: Tensor | None = None,
+    real: Tensor | None = None,
+    scaling: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Output [B, Hq, S, Dv] and eviction times [B, Hkv, S] of a policy, with LESS where `phi` and `psi` are given.
 
     q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]; phi [B, Hq, S, R] and psi [B, Hkv, S, R] are the kernels'
@@ -26,7 +33,10 @@ def naive_attention(
         kept: list[list[int]] = [[] for _ in range(Hkv)]
         score: list[dict[int, float]] = [{} for _ in range(Hkv)]
         R = 0 if psi is None else psi.shape[-1]
-        H, z = [torch.zeros(R, v.shape[-1], dtype=q.dtype)] * Hkv, [torch.zeros(R, dtype=q.dtype)] * Hkv
+        H, z = (
+            [torch.zeros(R, v.shape[-1], dtype=q.dtype)] * Hkv,
+            [torch.zeros(R, dtype=q.dtype)] * Hkv,
+        )
         tokens = [t for t in range(S) if real is None or real[b, t]]
         for t in set(range(S)) - set(tokens):
             out[b, :, t] = v[b, :, t].repeat_interleave(G, 0)  # a padded query attends itself
@@ -45,7 +55,9 @@ def naive_attention(
                     out[b, g, t] = numerator / denominator
                     if policy.name == "h2o" and policy.scores == "full":
                         everything = [j for j in tokens if j <= t]
-                        rows.append(weights / (q[b, g, t] @ k[b, h, everything].T * scaling).exp().sum())
+                        rows.append(
+                            weights / (q[b, g, t] @ k[b, h, everything].T * scaling).exp().sum()
+                        )
                     else:
                         rows.append(weights / weights.sum())
             for h in range(Hkv):
@@ -57,7 +69,9 @@ def naive_attention(
                 if policy.budget is None or len(kept[h]) <= policy.budget:
                     continue
                 if policy.name == "h2o":
-                    may_leave = [j for j in kept[h] if j not in tokens[max(0, n + 1 - policy.recent) : n + 1]]
+                    may_leave = [
+                        j for j in kept[h] if j not in tokens[max(0, n + 1 - policy.recent) : n + 1]
+                    ]
                     leaver = min(may_leave, key=lambda j: score[h][j])
                 elif policy.name == "tova":
                     leaver = min(kept[h], key=lambda j: score[h][j])
@@ -66,6 +80,8 @@ def naive_attention(
                 kept[h].remove(leaver)
                 times[b, h, leaver] = t + 1
                 if psi is not None:
-                    H[h] = H[h] + torch.outer(psi[b, h, leaver], v[b, h, leaver])  # a new tensor: gradients need the old one
+                    H[h] = H[h] + torch.outer(
+                        psi[b, h, leaver], v[b, h, leaver]
+                    )  # a new tensor: gradients need the old one
                     z[h] = z[h] + psi[b, h, leaver]
     return out, times

@@ -3,6 +3,7 @@
 From eviction times (see `lesslib.policies`): a block of queries sees at most C old keys and its own, and the low-rank state
 is linear attention whose keys arrive when they are evicted.
 """
+
 from __future__ import annotations
 
 import math
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..policies import block_keys, block_logits, gather_tokens
+from lesslib.ops.blocks import block_keys, block_logits, gather_tokens
 
 CHUNK, SCAN = 64, 16  # queries that look up their kept keys together; arrivals that share a state
 
@@ -34,7 +35,9 @@ def sparse_attention(
         seen = ((at <= t) & (t < leaves) & valid[..., None, :]) | (at == t)
         logits = logits.masked_fill(~seen[:, :, None], -math.inf)
         total = logits.logsumexp(-1)
-        outputs.append((logits - total[..., None]).exp() @ gather_tokens(v, index).to(logits.dtype)[:, :, None])
+        outputs.append(
+            (logits - total[..., None]).exp() @ gather_tokens(v, index).to(logits.dtype)[:, :, None]
+        )
         sums.append(total)
     return torch.cat(outputs, 3).flatten(1, 2), torch.cat(sums, 3).flatten(1, 2)
 
@@ -42,7 +45,9 @@ def sparse_attention(
 def arrivals(evicted_at: Tensor) -> Tensor:
     """Which token is absorbed before query t: [B, Hkv, S], -1 for none. The inverse of `evicted_at`, at most one a step."""
     S = evicted_at.shape[-1]
-    arrived = torch.full((*evicted_at.shape[:-1], S + 1), -1, dtype=torch.int64, device=evicted_at.device)
+    arrived = torch.full(
+        (*evicted_at.shape[:-1], S + 1), -1, dtype=torch.int64, device=evicted_at.device
+    )
     tokens = torch.arange(S, device=evicted_at.device).expand_as(evicted_at)
     return arrived.scatter_(-1, evicted_at.long().clamp(max=S), tokens)[..., :S]
 
@@ -73,4 +78,7 @@ def merge(sparse: Tensor, logsumexp: Tensor, numerator: Tensor, denominator: Ten
     safe = denominator.where(some, 1.0)
     logden = safe.log().where(some, -math.inf)
     total = torch.logaddexp(logsumexp, logden)
-    return sparse * (logsumexp - total).exp()[..., None] + numerator * ((logden - total).exp() / safe)[..., None]
+    return (
+        sparse * (logsumexp - total).exp()[..., None]
+        + numerator * ((logden - total).exp() / safe)[..., None]
+    )

@@ -1,0 +1,290 @@
+"""What serving costs: the loads, the rows that fit into memory, the clock of nested parts, and what is recorded and concluded."""
+
+import json
+
+import pytest
+import torch
+
+from lesslib.bench import benchmarks as bench
+from lesslib.bench import serving
+from lesslib.bench.benchmarks import DEVICE, now
+from lesslib.bench.serving import (
+    METHODS,
+    PARTS,
+    Bench,
+    Clock,
+    Load,
+    copy_bandwidth,
+    parts,
+    parts_timed,
+    serve,
+)
+from lesslib.experiments import scoreboard
+from lesslib.experiments import serving as serving_tables
+from lesslib.experiments.serving import LOADS
+from lesslib.reporting import plots
+
+SMALL = Load("pico", 40, 12, 3, hidden=16)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("LESS_RESULTS", str(tmp_path))
+    for name in ("LESS_LEDGER", "LESS_FROM_RESULTS", "LESS_PROGRESS", "LESS_LIMIT"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "llama"}, "unknown shape 'llama': choose from pico"),
+        ({"prompt": 1}, "prompt is 1"),
+        ({"generate": 0}, "generate is 0"),
+        ({"batch": 0}, "batch 0 and cache_mib 0: give one"),
+        ({"cache_mib": 3}, "batch 2 and cache_mib 3: give one"),
+    ],
+)
+def test_a_load_that_cannot_be_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        Load(**{"model": "pico", "prompt": 8, "generate": 8, "batch": 2} | changes)
+
+
+def test_the_loads_of_all_profiles_have_names_of_their_own_and_enough_steps_for_parts():
+    for tables, broken_down in LOADS.values():
+        assert len({str(load) for load in tables}) == len(tables)
+        assert broken_down.batch > 0
+        assert broken_down.generate >= 2 * (serving.WARM_UP + 32)
+
+
+def test_every_method_is_served_and_holds_what_the_formula_says():
+    found = serve(SMALL, runs=2)
+    assert tuple(found) == METHODS
+    for method, row in found.items():
+        assert (row["rows"], len(row["prompt_s"]), len(row["decode_s"])) == (3, 2, 2)
+        assert row["seconds"] == pytest.approx(sum(row["prompt_s"] + row["decode_s"]) / 2, abs=1e-3)
+        assert row["tokens_per_s"] == pytest.approx(3 * 12 / row["seconds"], rel=0.01)
+        shared = 0 if method.startswith("Full") else 4 * 8  # a counter by layer
+        one_short = (
+            row["formula_bytes"] / 52 if method == "Full, dynamic" else 0
+        )  # the last token is written, and never read
+        assert row["bytes"] == row["formula_bytes"] + shared - one_short
+        assert row["floor_ms"] > 0
+    assert found["LESS"]["floor_ms"] > found["Baseline"]["floor_ms"] > 0  # state and kernels
+    assert found["Full, static"]["bytes"] > found["LESS"]["bytes"]
+
+
+def test_as_many_rows_as_fit_into_the_memory():
+    served = Bench(Load("pico", 40, 12, cache_mib=1))
+    for method in METHODS:
+        rows = served.rows(method)
+        assert rows * served.row_bytes(method) <= 2**20 < (rows + 1) * served.row_bytes(method)
+    assert served.rows("LESS") > served.rows("Full, static")
+
+
+def test_a_method_that_runs_out_of_memory_is_said_to_and_the_others_go_on(monkeypatch):
+    run = Bench.run
+
+    def scarce(self, method, generate, batch):
+        if method == "Full, static":
+            raise torch.OutOfMemoryError("out of memory")
+        return run(self, method, generate, batch)
+
+    monkeypatch.setattr(Bench, "run", scarce)
+    found = serve(SMALL, methods=("Full, static", "LESS"), runs=1)
+    assert found["Full, static"] == {"rows": 3, "out_of_memory": True}
+    assert found["LESS"]["seconds"] > 0
+
+
+def test_the_most_rows_that_fit_are_found_by_trying(monkeypatch):
+    tried = {"Full, static": [], "Baseline": []}
+
+    def scarce(self, method, generate, batch):
+        tried[method].append(batch)
+        if (
+            batch > (20 if generate < 12 else 15) or method == "Baseline"
+        ):  # the whole length holds more than the warm-up
+            raise torch.OutOfMemoryError("out of memory")
+        return {"prompt": 1.0, "decode": 2.0, "bytes": 3}
+
+    monkeypatch.setattr(Bench, "run", scarce)
+    found = serve(Load("pico", 24, 12, cache_mib=8), methods=tuple(tried), runs=2)
+    assert tried["Full, static"] == [37, 32, 28, 24, 21, 18, 18, 15, 15]
+    assert {"rows": 15, "prompt_s": [1.0, 1.0], "decode_s": [2.0, 2.0]}.items() <= found[
+        "Full, static"
+    ].items()
+    assert found["Full, static"]["formula_bytes"] == 15 * 2 * 4 * 192 * 36 * 4
+    assert tried["Baseline"][-2:] == [2, 1]
+    assert found["Baseline"] == {"rows": 1, "out_of_memory": True}
+
+
+def test_a_clock_gives_each_part_what_parts_inside_it_do_not_take():
+    time = iter(range(100))
+    clock = Clock(lambda: next(time))
+    inner = clock.timed("inner", lambda: None)  # 1 tick
+    middle = clock.timed("middle", lambda: (inner(), inner()))  # 5 ticks, 2 of them inside
+    clock.timed("outer", lambda: (middle(), inner()))()  # 9 ticks
+    assert clock.seconds == {"inner": 3, "middle": 3, "outer": 3}
+
+
+def test_parts_are_timed_within_the_context_alone_and_change_no_result():
+    served = Bench(SMALL)
+    ids = torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    logits, seconds = [], []
+    for watched in (False, True):
+        cache, clock = served.cache("LESS"), Clock(now)
+        with torch.no_grad(), served.attention("LESS"):
+            served.model(ids, past_key_values=cache)
+            if watched:
+                with parts_timed(cache, clock):
+                    logits.append(served.model(ids[:, :1], past_key_values=cache).logits)
+                assert set(clock.seconds) == {"eviction", "kernels", "synthesis", "update"}
+                seconds = dict(clock.seconds)
+            else:
+                logits.append(served.model(ids[:, :1], past_key_values=cache).logits)
+            served.model(ids[:, :1], past_key_values=cache)
+        assert clock.seconds == seconds or not watched  # no longer counted
+    assert torch.equal(*logits)
+
+
+def test_the_parts_of_a_step():
+    found = parts(Load("pico", 40, 24, 2, hidden=16), steps=4)
+    assert {m: {p for p in PARTS if f"{p}_ms" in row} for m, row in found.items()} == {
+        "Full, static": {"decoding"},
+        "Baseline+": {"decoding", "eviction"},
+        "LESS": set(PARTS),
+    }
+    assert all(v > 0 for row in found.values() for v in row.values())
+    with pytest.raises(
+        ValueError, match="generate is 23: 4 steps timed in two ways need at least 24"
+    ):
+        parts(Load("pico", 40, 23, 2), steps=4)
+
+
+def test_parts_are_of_as_many_rows_as_are_served(monkeypatch):
+    caches, empty, load = [], Bench.cache, Load("pico", 40, 24, cache_mib=1, hidden=16)
+    monkeypatch.setattr(
+        Bench, "cache", lambda self, method: caches.append(empty(self, method)) or caches[-1]
+    )
+    parts(load, methods=("LESS",), steps=4)
+    assert caches[0].layers[0].batch_size == Bench(load).rows("LESS") > 1
+
+
+def test_a_copys_bandwidth_is_that_of_memory():
+    assert 1e8 < copy_bandwidth(mib=64) < 1e13
+
+
+def test_both_tables_are_recorded_and_read_again(monkeypatch):
+    first = serving_tables.latency("smoke"), serving_tables.breakdown("smoke")
+    for name in ("serve", "parts"):
+        monkeypatch.setattr(serving, name, lambda *a: pytest.fail("computed again"))
+    assert (serving_tables.latency("smoke"), serving_tables.breakdown("smoke")) == first
+
+
+def test_a_limit_takes_the_smallest_loads(monkeypatch):
+    monkeypatch.setenv("LESS_LIMIT", "2")
+    assert serving_tables.loads("paper") == LOADS["smoke"]
+
+
+def row(rows=2, **seconds):
+    return {
+        m.replace("_", ", ") if m != "plus" else "Baseline+": {
+            "rows": rows,
+            "prompt_s": [0.0] * len(x),
+            "decode_s": x,
+            "seconds": 1.0,
+        }
+        for m, x in seconds.items()
+    }
+
+
+def test_verdicts_on_latency_hold_fail_and_are_undecided():
+    full = {"Full_dynamic": [9.0, 9.0, 9.0], "Full_static": [2.0, 2.2, 2.1]}
+    cases = [
+        ({"LESS": [1.0, 1.1, 1.2]}, True),
+        ({"LESS": [3.0, 3.1, 3.2]}, False),
+        ({"LESS": [1.9, 2.0, 2.3]}, None),
+    ]
+    for less, holds in cases:
+        record = {
+            "points": {"a load": {"parameters": {"cache_mib": 0}, "methods": row(**full, **less)}}
+        }
+        (verdict,) = scoreboard.latency(record)
+        assert verdict.holds is holds
+        assert list(scoreboard.latency(record, "tokens_per_s")) == []
+    assert scoreboard.times_faster(row(**full, LESS=[1.0, 1.1, 1.2]), "LESS") == pytest.approx(
+        (2.1 / 1.1, 2.0 / 1.2, 2.2 / 1.0)
+    )
+
+
+def test_verdicts_on_throughput_count_the_rows():
+    methods = row(rows=10, Full_static=[2.0, 2.0]) | row(rows=40, LESS=[4.0, 4.0])
+    record = {"points": {"a load": {"parameters": {"cache_mib": 5}, "methods": methods}}}
+    (verdict,) = scoreboard.latency(record, "tokens_per_s")
+    assert (verdict.holds, verdict.numbers) == (True, "2.00 times [2.00, 2.00]; 40 rows against 10")
+    methods["LESS"] = {"rows": 40, "out_of_memory": True}
+    assert list(scoreboard.latency(record, "tokens_per_s")) == []
+
+
+@pytest.mark.parametrize(("less", "holds"), [(1.1, True), (1.2, False)])
+def test_verdicts_on_a_steps_overhead(less, holds):
+    record = {
+        "points": {
+            "a load": {
+                "methods": {"Baseline+": {"unobserved_ms": 1.0}, "LESS": {"unobserved_ms": less}}
+            }
+        }
+    }
+    (verdict,) = scoreboard.breakdown(record)
+    assert (verdict.holds, verdict.numbers) == (holds, f"{less - 1:+.1%}")
+
+
+def test_stacked_bars_are_as_long_as_their_parts():
+    figure = plots.stacked(
+        {"Full": {"decoding": 3.0}, "LESS": {"decoding": 2.0, "eviction": 0.5}}, "ms", "title"
+    )
+    assert [(p.get_x(), p.get_width()) for p in figure.axes[0].patches] == [
+        (0, 3.0),
+        (0, 2.0),
+        (2.0, 0.5),
+    ]
+
+
+def test_the_command_prints_ratios_and_writes_json(capsys, home):
+    load = ["--prompt", "40", "--generate", "12"]
+    serving.main(
+        [
+            *load,
+            "--batch",
+            "2",
+            "--runs",
+            "1",
+            "--methods",
+            "Full, static",
+            "LESS",
+            "--out",
+            str(home / "x.json"),
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "pico 40+12, batch 2; " in said
+    assert "Full, static: rows 2" in said
+    written = json.loads((home / "x.json").read_text())
+    assert set(written["methods"]) == {"Full, static", "LESS"}
+    assert (
+        f"({written['methods']['LESS']['step_ms'] / written['methods']['Full, static']['step_ms']:.2f})"
+        in said
+    )
+    with pytest.raises(SystemExit):
+        serving.main(load)
+    assert "batch 0 and cache_mib 0: give one of the two" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        serving.main([*load, "--batch", "2", "--parts"])
+    assert "generate is 12: 32 steps timed in two ways need at least 80" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["Full", "Baseline", "LESS"])
+def test_whole_sequences_are_timed(method):
+    seconds, peak = bench.scoring("pico", 128, 2, method, hidden=16, runs=2)
+    assert seconds > 0
+    assert peak is None or peak >= 0
