@@ -1,0 +1,19 @@
+"""What a fused kernel must know of a policy; a policy that has no such rule runs in its torch form."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+
+class EvictionRule(NamedTuple):
+    """Of the slots that may leave, the one with the lowest rank does; the lowest position breaks ties.
+
+    "h2o": the rank is the probability that a slot was given so far, summed over the query heads of
+    its key-value head. "lambda": the rank is the position.
+    """
+
+    name: Literal["h2o", "lambda"]
+    # so many of the newest tokens are protected
+    recent: int
+    # so many of the first tokens are protected
+    sinks: int
