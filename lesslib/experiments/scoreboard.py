@@ -351,7 +351,7 @@ def verdicts(claim: dict[str, Any], profile: str) -> list[Verdict]:
 
 def status(found: list[Verdict]) -> str:
     """The verdicts on one claim in a few words."""
-    here = [v.here for v in found] or ["not measured"]
+    here = [v.word for v in found] or ["not measured"]
     counts = {
         word: here.count(kind)
         for word, kind in (("hold", "holds"), ("fail", "FAILS"), ("open", "undecided"))
