@@ -1,0 +1,46 @@
+"""The paper's tables and figures, one file each: its points, how one is computed, its claims, and
+what readers see of it.
+
+Every such file has `run(profile, seed)`, which gives the record, and `verdicts`, `table` and
+`figure` of a record. Open language_modeling.py, Table 2, first; experiment.py and method.py say
+what a point and a row are, sweep.py computes what is not recorded yet, and scoreboard.py shows all
+claims. May import from everything but the runner.
+"""
+
+from lesslib.experiments import (
+    generation,
+    kernel_size,
+    language_modeling,
+    low_rank_residuals,
+    multi_query,
+    recipes,
+    sparse_policies,
+    tour,
+    training_kernels,
+    training_speed,
+)
+from lesslib.experiments.claims import Verdict, claim
+from lesslib.experiments.experiment import Experiment, Point, TaskTexts
+from lesslib.experiments.method import Method
+from lesslib.experiments.scoring import compare, comparison_table
+
+__all__ = [
+    "Experiment",
+    "Method",
+    "Point",
+    "TaskTexts",
+    "Verdict",
+    "claim",
+    "compare",
+    "comparison_table",
+    "generation",
+    "kernel_size",
+    "language_modeling",
+    "low_rank_residuals",
+    "multi_query",
+    "recipes",
+    "sparse_policies",
+    "tour",
+    "training_kernels",
+    "training_speed",
+]
