@@ -148,11 +148,13 @@ def _growth(
     slopes = [_slope(lengths[:, drawn], lead[:, drawn]) for drawn in resamples]
     low, high = np.quantile(slopes, [0.025, 0.975])
 
-    is_skilled = skilled(*(rows[FULL] for rows in cells))
     is_noise = low <= 0 <= high
+    holds = None
+    if skilled(*(rows[FULL] for rows in cells)) and not is_noise:
+        holds = bool(slope > 0)
     return Verdict(
         f"{task}: LESS's lead over {rival} grows with the prompt",
-        slope > 0 if is_skilled and not is_noise else None,
+        holds,
         f"{slope:+.2f} points per 100 tokens [{low:+.2f}, {high:+.2f}]",
     )
 

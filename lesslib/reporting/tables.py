@@ -20,7 +20,7 @@ class Verdict(Protocol):
     numbers: str
 
     @property
-    def here(self) -> str: ...
+    def word(self) -> str: ...
 
 
 def table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Markdown:
@@ -44,5 +44,5 @@ def cell(value: Any) -> str:
 
 def verdict_table(verdicts: Iterable[Verdict]) -> Markdown:
     """Each claim, whether it holds, and by which numbers."""
-    rows = [[verdict.claim, verdict.here, verdict.numbers] for verdict in verdicts]
+    rows = [[verdict.claim, verdict.word, verdict.numbers] for verdict in verdicts]
     return table(["claim", "holds here", "numbers"], rows)
