@@ -7,6 +7,8 @@ import functools
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lesslib.data import load_corpus
+from lesslib.data.storyworld import Example
+from lesslib.data.tasks import load_task
 from lesslib.evaluation.perplexity import Window, evaluation_windows
 from lesslib.models import load_model, model_shape
 from lesslib.profiles import get_profile
@@ -36,3 +38,11 @@ def windows_of(profile: str, corpus: str, model_name: str | None = None) -> list
         p.windows_per_document,
         p.max_windows,
     )
+
+
+@functools.lru_cache(maxsize=8)
+def examples_of(
+    task: str, count: int, shots: int, length: int
+) -> tuple[list[Example], list[Example]]:
+    """(examples to measure on, shots to show before each) of a task: see `load_task`."""
+    return load_task(task, count, shots, length=length)

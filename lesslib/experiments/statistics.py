@@ -22,9 +22,9 @@ def difference(a: Sequence[float], b: Sequence[float]) -> str:
 
 
 def nats_apart(a: dict, b: dict) -> list[float]:
-    """(nats a token that point `a` loses beyond `b`, and the ends of a 95% interval over documents).
+    """Nats a token that entry `a` loses beyond `b`, and a 95% interval over documents.
 
-    Both points were measured on the same windows.
+    Both entries were measured on the same windows.
     """
     losses_a = [nll for nll, _ in a["by_document"]]
     losses_b = [nll for nll, _ in b["by_document"]]
@@ -34,23 +34,23 @@ def nats_apart(a: dict, b: dict) -> list[float]:
 
 
 def skilled(*full: dict) -> bool:
-    """Whether the full cache itself does a task, at each of its points `full`.
+    """Whether the full cache itself does a task, at each of its entries `full`.
 
     Otherwise no method can lose anything. It does where the 95% interval of its accuracy lies above
     the share of the commonest answer, or that of its ROUGE-1 above the ROUGE-1 of another text's
     reference.
     """
-    return all(_is_above_chance(point) for point in full)
+    return all(_is_above_chance(entry) for entry in full)
 
 
-def _is_above_chance(point: dict) -> bool:
-    """Whether the 95% interval of a point's scores lies above what is had by chance."""
-    if "right" in point:
-        scores = point["right"]
-        chance = point["majority"]
+def _is_above_chance(entry: dict) -> bool:
+    """Whether the 95% interval of an entry's scores lies above what is had by chance."""
+    if "right" in entry:
+        scores = entry["right"]
+        chance = entry["majority"]
     else:
-        scores = point["scores"]["rouge1"]
-        chance = point["chance"]["rouge1"]
+        scores = entry["scores"]["rouge1"]
+        chance = entry["chance"]["rouge1"]
     _, low, _ = paired(scores, [chance] * len(scores))
     return low > 0
 
@@ -60,7 +60,7 @@ def ahead(
 ) -> Verdict:
     """The verdict on the `claim` that scores `a` are above `b` on average.
 
-    Decided where the difference is beyond noise and the full cache, whose point is `full`, does the
+    Decided where the difference is beyond noise and the full cache, whose entry is `full`, does the
     task; `more` is said after the difference.
     """
     numbers = difference(a, b) + more
