@@ -94,7 +94,7 @@ def print_table(plan: Plan) -> None:
         took = minutes(outcome.seconds) if outcome.seconds else ""
         row = (notebook.number, notebook.title, notebook.paper_item, outcome.state, took)
         table.append(row)
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for notebook, row in zip(plan.chosen, table, strict=True):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         print("  ".join(cells).rstrip())
