@@ -61,9 +61,7 @@ def forget_computed(plan: Plan) -> None:
 
 def list_notebooks(plan: Plan) -> int:
     """--list: the chosen notebooks, what would be run, and how long it took the last time."""
-    for outcome in plan.outcomes.values():
-        outcome.verdicts = []
-    print_table(plan)
+    print_table(plan, with_verdicts=False)
     return 0
 
 
@@ -77,7 +75,7 @@ def run_notebooks(plan: Plan) -> int:
             file=sys.stderr,
         )
         return INTERRUPTED
-    print_table(plan)
+    print_table(plan, with_verdicts=True)
     failed = [n.number for n in plan.chosen if plan.outcomes[n.name].state == FAILED]
     if failed:
         numbers = ", ".join(failed)
@@ -86,8 +84,8 @@ def run_notebooks(plan: Plan) -> int:
     return 0
 
 
-def print_table(plan: Plan) -> None:
-    """A line for each chosen notebook, and its verdicts below."""
+def print_table(plan: Plan, with_verdicts: bool) -> None:
+    """A line for each chosen notebook, and the verdicts of its last run below."""
     table = []
     for notebook in plan.chosen:
         outcome = plan.outcomes[notebook.name]
@@ -98,8 +96,9 @@ def print_table(plan: Plan) -> None:
     for notebook, row in zip(plan.chosen, table, strict=True):
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         print("  ".join(cells).rstrip())
-        for verdict in plan.outcomes[notebook.name].verdicts:
-            print(f"      {verdict}")
+        if with_verdicts:
+            for verdict in plan.outcomes[notebook.name].verdicts:
+                print(f"      {verdict}")
 
 
 def run_all(plan: Plan) -> None:

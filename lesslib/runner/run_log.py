@@ -83,7 +83,7 @@ class RunLog:
 
     def forget(self, notebooks: list[Notebook]) -> None:
         """Drop their stamps and the points of their experiments; kernels, if they train them."""
-        # Imported here: a manifest of results names the version of torch.
+        # Imported here: nothing but --fresh needs it, and other calls should answer at once.
         from lesslib.reporting.results import read_ledger
 
         experiments: set[str] = set()
