@@ -33,11 +33,11 @@ from lesslib.data import load_corpus, training_windows
 from lesslib.hf import attention_modules, capture, output_projection
 from lesslib.models import kernel_path, load_model
 from lesslib.ops.blocks import gather_tokens
-from lesslib.ops.dispatch import lowrank_attention
-from lesslib.ops.scan import arrivals, merge
+from lesslib.ops.merge import Part, merge
+from lesslib.ops.scan import arrivals
 from lesslib.policies import Policy, get_policy
 from lesslib.profiles import Profile, get_profile, results_dir
-from lesslib.states import Kernels, LayerKernels
+from lesslib.states import Kernels, LayerKernels, State
 from lesslib.util.command_line import options
 from lesslib.util.files import read_torch, write_torch
 from lesslib.util.hardware import autocast, keep_memory, one_thread, physical_memory
@@ -231,11 +231,15 @@ class LayerTrainer:
             2 * error - error.detach()
         )  # both factors have the same gradient, so one of them is doubled: a matmul less
 
-    def output(self, kernels: LayerKernels, rows: Tensor) -> Tensor:
-        """Attention outputs of LESS [b, Hq, P, Dv] for sequences `rows`."""
-        q, k, v = (self._load(x, rows) for x in (self.data.q, self.data.k, self.data.v))
-        recovered = lowrank_attention(*features(kernels, q, k), v)
-        return merge(self._load(self.sparse, rows), self._load(self.logsumexp, rows), *recovered)
+    def output(self, state: State, rows: Tensor) -> Tensor:
+        """Attention outputs under policy and state [b, Hq, P, Dv] for sequences `rows`."""
+        q = self._load(self.data.q, rows)
+        k = self._load(self.data.k, rows)
+        v = self._load(self.data.v, rows)
+        kept = Part(self._load(self.sparse, rows), self._load(self.logsumexp, rows))
+        # Past the budget one token leaves before every query.
+        has_arrived = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+        return merge(kept, state.over_arrivals(q, k, v, has_arrived))
 
     @torch.no_grad()
     def _mean_error(self, out: Callable[[Tensor], Tensor], rows: Tensor) -> float:

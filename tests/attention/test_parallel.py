@@ -16,9 +16,10 @@ from lesslib.attention.whole_sequence import (
     recover,
 )
 from lesslib.ops.blocks import NEVER
+from lesslib.ops.merge import Part, merge, part_of_sums
 from lesslib.ops.naive import naive_attention
-from lesslib.ops.scan import arrivals, lowrank_attention, merge, sparse_attention
-from lesslib.states import LayerKernels
+from lesslib.ops.scan import arrivals, lowrank_attention, sparse_attention
+from lesslib.states import LayerKernels, LowRank
 
 SPARSE = [
     H2O(heavy=3, recent=8),
@@ -30,10 +31,16 @@ SPARSE = [
 ]
 
 
-class Zero:
+class Zero(LowRank):
     """Kernels whose features are 0."""
 
-    phi = psi = staticmethod(lambda x: x.new_zeros(*x.shape[:-1], 3))
+    def __init__(self):
+        super().__init__(heads=4, kv_heads=2, head_dim=5, kernel_size=3)
+
+    def phi(self, q):
+        return q.new_zeros(*q.shape[:-1], 3)
+
+    psi = phi
 
 
 # ---------------------------------------------------------------- the readable spec
@@ -102,7 +109,7 @@ def test_kernels_at_zero_are_eviction_alone(policy, sequences):
     for phi, psi in ((s.phi * 0, s.psi), (s.phi, s.psi * 0)):
         assert torch.equal(recover(evicted, phi, psi, s.v), evicted.sparse)
     assert torch.equal(
-        less_attention(s.q, s.k, s.v, policy, Zero, s.real),
+        less_attention(s.q, s.k, s.v, policy, Zero(), s.real),
         less_attention(s.q, s.k, s.v, policy, None, s.real),
     )
 
@@ -159,25 +166,30 @@ def test_arrivals_invert_eviction_times_and_retained_counts_the_kept(policy, seq
 
 
 # ---------------------------------------------------------------- scale
+def merged(sparse, logsumexp, numerator, denominator):
+    return merge(Part(sparse, logsumexp), part_of_sums(numerator, denominator))
+
+
 def test_merge_survives_logits_of_any_size(sequences):
     s = sequences()
     sparse, numerator, denominator = s.q[..., :4], s.q[..., 1:], s.phi[..., 0] + 0.1
     for lse, expected in ((1000.0, sparse), (-1000.0, numerator / denominator[..., None])):
-        close(merge(sparse, torch.full_like(denominator, lse), numerator, denominator), expected)
+        close(merged(sparse, torch.full_like(denominator, lse), numerator, denominator), expected)
     assert torch.equal(
-        merge(sparse, torch.full_like(denominator, -1000.0), numerator * 0, denominator * 0), sparse
+        merged(sparse, torch.full_like(denominator, -1000.0), numerator * 0, denominator * 0),
+        sparse,
     )
     lse = s.phi[..., 1]
     expected = (numerator + lse.exp()[..., None] * sparse) / (denominator + lse.exp())[..., None]
     for shift in (0.0, -600.0, 600.0):
         scale = math.exp(shift)
-        close(merge(sparse, lse + shift, numerator * scale, denominator * scale), expected)
+        close(merged(sparse, lse + shift, numerator * scale, denominator * scale), expected)
 
 
 def test_float32_merge_has_no_floor(sequences):
     """Weights far below 1e-6, where floors of peers would bite, still mix in their true proportion."""
     lse, tiny = torch.tensor([-70.0]), torch.tensor([math.exp(-70.0)])
-    out = merge(torch.ones(1, 2), lse, 3 * tiny.expand(1, 2), tiny)
+    out = merged(torch.ones(1, 2), lse, 3 * tiny.expand(1, 2), tiny)
     torch.testing.assert_close(out, torch.full((1, 2), 2.0))
 
 
