@@ -214,13 +214,13 @@ class LessLayer(CacheLayerMixin):
                 "padding follows a real token: pad on the left (tokenizer.padding_side = 'left')"
             )
 
-    def _with_state(self, q: Tensor, part: Part) -> Tensor:
+    def _with_state(self, q: Tensor, part: Part, scaling: float) -> Tensor:
         """The slots' `part` merged with what the state holds for q [B, Hq, S, D]: [B, Hq, S,
         Dv].
         """
         if self.state.is_empty:
             return part.output
-        return merge(part, self.state.read(self.memory, q))
+        return merge(part, self.state.read(self.memory, q, scaling))
 
     def _absorb(self, keys: Tensor, values: Tensor, is_held: Tensor) -> None:
         """The state takes up what left: keys [B, Hkv, n, D], values, where `is_held` [B, Hkv,
@@ -241,7 +241,7 @@ class LessLayer(CacheLayerMixin):
         now = slots.count[:, None, None].expand(B, Hkv, 1)
         self._enter(k, v, now)
         part, probabilities = self._attend_slots(q, scaling)
-        out = self._with_state(q, part)
+        out = self._with_state(q, part, scaling)
         if real is not None:
             # A padded token attended itself; now it goes.
             probabilities = probabilities * real[:, None, None]
@@ -293,7 +293,7 @@ class LessLayer(CacheLayerMixin):
     ) -> Tensor:
         """`_step` in GPU kernels; a policy without a rule has its attention there alone."""
         slots = self.slots
-        parts = [] if self.state.is_empty else [self.state.read(self.memory, q)]
+        parts = [] if self.state.is_empty else [self.state.read(self.memory, q, scaling)]
         rule = self.policy.rule()
         if rule is not None:
             done = triton.decode_step(rule, q, k, v, slots, parts, real, scaling)
@@ -346,7 +346,7 @@ class LessLayer(CacheLayerMixin):
             probabilities = logits.softmax(-1)
             output = probabilities @ candidates.values[:, :, None, :seen].to(wide)
             part = Part(output.flatten(1, 2), logits.logsumexp(-1).flatten(1, 2))
-            outputs.append(self._with_state(q[:, :, start:stop], part))
+            outputs.append(self._with_state(q[:, :, start:stop], part, scaling))
             counts = real[:, start:stop] & self._counted(range(start, stop), S, q.device)
             columns[..., :seen] += (counts[:, None, None, None].to(wide) @ probabilities)[..., 0, :]
         return torch.cat(outputs, 2), columns

@@ -119,5 +119,7 @@ def less_attention(
     evicted = evict(policy, q, k, v, real, scaling)
     if state.is_empty:
         return evicted.sparse.to(v.dtype)
-    remembered = state.over_sequence(q, k, v, evicted.times)
+    if scaling is None:
+        scaling = q.shape[-1] ** -0.5
+    remembered = state.over_sequence(q, k, v, evicted.times, scaling)
     return merge(evicted.part, remembered).to(v.dtype)

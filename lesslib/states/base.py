@@ -64,15 +64,21 @@ class State(nn.Module):
         """
         raise NotImplementedError
 
-    def read(self, memory: Memory, queries: Tensor) -> Part:
+    def read(self, memory: Memory, queries: Tensor, scaling: float) -> Part:
         """What queries [B, Hq, S, D] find: output [B, Hq, S, Dv] and log-sum-exp [B, Hq, S].
 
-        The log-sum-exp is -inf where nothing was absorbed.
+        `scaling` is what the model multiplies its logits with (1/sqrt D, as a rule). The log-sum-exp
+        is -inf where nothing was absorbed.
         """
         raise NotImplementedError
 
     def over_arrivals(
-        self, queries: Tensor, keys: Tensor, values: Tensor, has_arrived: Tensor
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        has_arrived: Tensor,
+        scaling: float,
     ) -> Part:
         """`read` before every query of a sequence, of pairs that arrive one before each query.
 
@@ -85,12 +91,17 @@ class State(nn.Module):
         for t in range(queries.shape[2]):
             now = slice(t, t + 1)
             self.absorb(memory, keys[:, :, now], values[:, :, now], has_arrived[:, :, now])
-            parts.append(self.read(memory, queries[:, :, now]))
+            parts.append(self.read(memory, queries[:, :, now], scaling))
         outputs = torch.cat([part.output for part in parts], 2)
         return Part(outputs, torch.cat([part.logsumexp for part in parts], 2))
 
     def over_sequence(
-        self, queries: Tensor, keys: Tensor, values: Tensor, evicted_at: Tensor
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        evicted_at: Tensor,
+        scaling: float,
     ) -> Part:
         """What every query of a sequence finds in the state, as decoding would: see
         `over_arrivals`.
@@ -101,7 +112,7 @@ class State(nn.Module):
         arrived = arrivals(evicted_at)
         token = arrived.clamp(min=0)
         return self.over_arrivals(
-            queries, gather_tokens(keys, token), gather_tokens(values, token), arrived >= 0
+            queries, gather_tokens(keys, token), gather_tokens(values, token), arrived >= 0, scaling
         )
 
     @classmethod
@@ -187,5 +198,5 @@ class Nothing(State):
     def absorb(self, memory: Memory, keys: Tensor, values: Tensor, is_held: Tensor) -> None:
         pass
 
-    def read(self, memory: Memory, queries: Tensor) -> Part:
+    def read(self, memory: Memory, queries: Tensor, scaling: float) -> Part:
         raise RuntimeError("the empty state has no part: leave it out of the merge")

@@ -73,7 +73,7 @@ class LowRank(State):
         H.add_(psi.mT @ values.to(H.dtype))
         z.add_(psi.sum(2))
 
-    def read(self, memory: Memory, queries: Tensor) -> Part:
+    def read(self, memory: Memory, queries: Tensor, scaling: float) -> Part:
         """phi(q) H / phi(q) z and log phi(q) z: the low-rank part of the paper's eq. 3."""
         H, z = memory["H"], memory["z"]
         if dispatch.wants_triton(queries):
@@ -86,7 +86,12 @@ class LowRank(State):
         return Part(output.flatten(1, 2), logsumexp.flatten(1, 2))
 
     def over_arrivals(
-        self, queries: Tensor, keys: Tensor, values: Tensor, has_arrived: Tensor
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        has_arrived: Tensor,
+        scaling: float,
     ) -> Part:
         """Linear attention over the pairs in order of arrival: a chunked scan, O(S R Dv)."""
         wide = torch.promote_types(queries.dtype, torch.float32)

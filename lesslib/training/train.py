@@ -239,7 +239,7 @@ class LayerTrainer:
         kept = Part(self._load(self.sparse, rows), self._load(self.logsumexp, rows))
         # Past the budget one token leaves before every query.
         has_arrived = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
-        return merge(kept, state.over_arrivals(q, k, v, has_arrived))
+        return merge(kept, state.over_arrivals(q, k, v, has_arrived, self.data.scaling))
 
     @torch.no_grad()
     def _mean_error(self, out: Callable[[Tensor], Tensor], rows: Tensor) -> float:
