@@ -65,7 +65,8 @@ class LowRank(State):
 
     def absorb(self, memory: Memory, keys: Tensor, values: Tensor, is_held: Tensor) -> None:
         """H += psi(k)^T v and z += psi(k) (paper, eqs 4-5)."""
-        H, z = memory["H"], memory["z"]
+        H = memory["H"]
+        z = memory["z"]
         if dispatch.wants_triton(keys):
             triton.absorb(H, z, self.fused_psi(keys), values, is_held)
             return
@@ -75,7 +76,8 @@ class LowRank(State):
 
     def read(self, memory: Memory, queries: Tensor, scaling: float) -> Part:
         """phi(q) H / phi(q) z and log phi(q) z: the low-rank part of the paper's eq. 3."""
-        H, z = memory["H"], memory["z"]
+        H = memory["H"]
+        z = memory["z"]
         if dispatch.wants_triton(queries):
             return triton.read(self.fused_phi(queries), H, z)
         phi = over_batch(self.phi, queries).to(H.dtype)  # [B, Hq, S, R]
