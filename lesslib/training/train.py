@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ from lesslib.profiles import Profile, get_profile, results_dir
 from lesslib.states import Kernels, LayerKernels
 from lesslib.util.command_line import options
 from lesslib.util.files import read_torch, write_torch
-from lesslib.util.hardware import autocast, keep_memory, one_thread, physical_memory
+from lesslib.util.hardware import autocast, keep_memory, one_thread
 from lesslib.util.progress import progress
 from lesslib.util.ranks import gather, own_device, place
 
@@ -385,7 +386,7 @@ def train(
         room: float = min(
             [
                 shutil.disk_usage(path.parent).free,
-                *[physical_memory()] * (model.device.type == "cuda"),
+                *[psutil.virtual_memory().total] * (model.device.type == "cuda"),
             ]
         )  # passes are quick
         room = max(memory_gib * 2**30, 0.9 * room / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
