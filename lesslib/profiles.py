@@ -28,7 +28,7 @@ HUB_MODELS = {
 
 @dataclass(frozen=True)
 class Profile:
-    """Settings of one profile; sizes in tokens, times in minutes on the hardware named in `where`."""
+    """Settings of one profile: sizes in tokens, times in minutes on what `where` names."""
 
     name: str
     where: str
