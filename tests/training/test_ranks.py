@@ -16,8 +16,8 @@ import torch
 
 from lesslib import H2O
 from lesslib.states import Kernels
-from lesslib.training import train as training
-from lesslib.training.train import Recipe, train
+from lesslib.training import all_layers, command, parts, share
+from lesslib.training import Recipe, train
 from lesslib.util import ranks
 from lesslib.util.paths import ROOT
 from lesslib.util.progress import progress
@@ -112,7 +112,7 @@ def run(log: Path, *command) -> list[str]:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Kernels:
     out = tmp_path_factory.mktemp("single")
-    training.main(arguments(out))
+    command.main(arguments(out))
     return kernels_of(out)
 
 
@@ -161,7 +161,7 @@ def test_a_killed_rank_ends_the_start_and_the_next_one_trains_what_is_left(singl
         f"rank {r} of 2 on cpu: layers {', '.join(map(str, todo[r::2])) or 'none'}"
         for r in range(2)
     ]
-    training.main(arguments(alone))
+    command.main(arguments(alone))
     for kernels in (kernels_of(out), kernels_of(alone)):
         assert same(kernels, single)
         again = {
@@ -245,11 +245,11 @@ def test_without_torchrun_torch_distributed_is_not_touched(monkeypatch):
 def test_a_rank_that_cannot_be_is_named_before_anything_is_loaded(rank, world, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
-    monkeypatch.setattr(training, "load_model", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(all_layers, "load_model", lambda *args: pytest.fail("loaded"))
     with pytest.raises(
         SystemExit, match=f"RANK='{rank}' of WORLD_SIZE='{world}': start with torchrun"
     ):
-        training.main(["--profile", "smoke"])
+        command.main(["--profile", "smoke"])
 
 
 def test_each_rank_has_a_gpu_of_its_own_or_says_that_there_are_too_few(monkeypatch):
@@ -265,7 +265,7 @@ def test_each_rank_has_a_gpu_of_its_own_or_says_that_there_are_too_few(monkeypat
         "cuda:0",
         2,
     )
-    with training.layer_pool(
+    with share.layer_pool(
         torch.device("cuda:1")
     ) as pool:  # whose threads would begin on the first GPU
         pool.submit(int).result()
@@ -279,9 +279,9 @@ def test_each_rank_has_a_gpu_of_its_own_or_says_that_there_are_too_few(monkeypat
 
 
 def test_ranks_that_differ_are_refused_before_they_capture_anything(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "place", lambda: (1, 2))
-    monkeypatch.setattr(training, "gather", lambda mine: [("other windows", set()), mine])
-    monkeypatch.setattr(training, "capture_layers", lambda *args, **kwargs: pytest.fail("captured"))
+    monkeypatch.setattr(all_layers, "place", lambda: (1, 2))
+    monkeypatch.setattr(parts, "gather", lambda mine: [("other windows", set()), mine])
+    monkeypatch.setattr(share, "capture_layers", lambda *args, **kwargs: pytest.fail("captured"))
     model = models("llama-grouped")
     with pytest.raises(
         ValueError,

@@ -17,8 +17,8 @@ from lesslib.bench.benchmarks import stepwise_attention
 from lesslib.hf import attention_modules, output_projection
 from lesslib.profiles import get_profile
 from lesslib.states import Kernels
-from lesslib.training import train as training
-from lesslib.training.train import (
+from lesslib.training import command, share
+from lesslib.training import (
     LayerTrainer,
     Recipe,
     capture_layers,
@@ -172,9 +172,9 @@ def test_where_no_disk_holds_all_layers_they_are_captured_in_several_passes(
         model, POLICY, windows, RECIPE, tmp_path / "whole.safetensors", {}, validation=2
     )
     passes, usage = [], shutil.disk_usage(tmp_path)
-    captured = training.capture_layers
+    captured = share.capture_layers
     monkeypatch.setattr(
-        training,
+        share,
         "capture_layers",
         lambda m, w, layers, **more: passes.append(layers) or captured(m, w, layers, **more),
     )
@@ -329,14 +329,14 @@ def test_the_paper_profile_keeps_the_papers_recipe():
 )
 def test_the_command_line_names_what_is_wrong(arguments, message):
     with pytest.raises(SystemExit, match=message):
-        training.main(["--profile", "tiny", *arguments])
+        command.main(["--profile", "tiny", *arguments])
 
 
 def test_the_command_line_help_names_every_setting(capsys):
     with pytest.raises(SystemExit):
-        training.main(["--help"])
+        command.main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"--{name.replace('_', '-')}" in text for name in training.SETTINGS)
+    assert all(f"--{name.replace('_', '-')}" in text for name in command.SETTINGS)
 
 
 def test_the_stepwise_scheme_is_the_same_function_with_the_same_gradients():
@@ -366,7 +366,7 @@ def test_the_command_trains_a_carried_model(tmp_path, capsys):
         "fraction": 0.02,
         "out": tmp_path,
     }
-    training.main([f"--{name}={value}" for name, value in small.items()])
+    command.main([f"--{name}={value}" for name, value in small.items()])
     assert "of the sparse error is left" in capsys.readouterr().out
     header = Kernels.load(tmp_path / "pico-llama" / "h2o-0.02.safetensors").header
     assert json.dumps(header)
