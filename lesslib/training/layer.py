@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lesslib.attention.whole_sequence import evict
 from lesslib.ops.blocks import gather_tokens
-from lesslib.ops.dispatch import lowrank_attention
-from lesslib.ops.scan import arrivals, merge
+from lesslib.ops.merge import Part, merge
+from lesslib.ops.scan import arrivals
 from lesslib.policies import Policy
-from lesslib.states import LayerKernels
+from lesslib.states import LayerKernels, State
 from lesslib.training.capture import LayerData
 from lesslib.training.recipe import Recipe
 from lesslib.util.hardware import autocast
@@ -132,15 +132,15 @@ class LayerTrainer:
         """Dense attention outputs [b, Hq, P, Dv] of sequences `rows`."""
         return self._load(self.data.out, rows)
 
-    def output(self, kernels: LayerKernels, rows: Tensor) -> Tensor:
-        """Attention outputs of LESS [b, Hq, P, Dv] for sequences `rows`."""
+    def output(self, state: State, rows: Tensor) -> Tensor:
+        """Attention outputs under policy and state [b, Hq, P, Dv] for sequences `rows`."""
         q = self._load(self.data.q, rows)
         k = self._load(self.data.k, rows)
         v = self._load(self.data.v, rows)
-        phi, psi = features(kernels, q, k)
-        numerator, denominator = lowrank_attention(phi, psi, v)
-        logsumexp = self._load(self.logsumexp, rows)
-        return merge(self._sparse_output(rows), logsumexp, numerator, denominator)
+        slots = Part(self._sparse_output(rows), self._load(self.logsumexp, rows))
+        # Past the budget one token leaves before every query.
+        has_arrived = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device)
+        return merge(slots, state.over_arrivals(q, k, v, has_arrived, self.data.scaling))
 
     def _sparse_output(self, rows: Tensor) -> Tensor:
         """Attention outputs of the policy alone [b, Hq, P, Dv] for sequences `rows`."""
