@@ -40,8 +40,8 @@ def own_device(device: str | None = None) -> str | None:
     Raises ValueError on a node with fewer GPUs than ranks.
     """
     _, world = place()
-    is_open = device in (None, "cuda")
-    if world == 1 or not is_open or not torch.cuda.is_available():
+    leaves_gpu_open = device in (None, "cuda")
+    if world == 1 or not leaves_gpu_open or not torch.cuda.is_available():
         return device
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     gpus = torch.cuda.device_count()
