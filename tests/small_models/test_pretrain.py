@@ -85,7 +85,7 @@ def test_the_split_holds_out_the_same_documents_every_time(corpora):
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     start, corpora, tmp_path, monkeypatch, capsys, kind, begun
 ):
-    monkeypatch.setattr("lesslib.grow.FIT", 2)
+    monkeypatch.setattr("lesslib.zoo.grow.FIT", 2)
     grown = (
         module.GROWN,
         SETTINGS | {"teacher": start, "merge": 0.9},
@@ -167,7 +167,7 @@ def test_a_falcon_does_not_grow_out_of_any_model(tmp_path):
 def test_heads_meet_at_their_step_and_the_rate_decays_after_it(
     start, corpora, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lesslib.grow.FIT", 2)
+    monkeypatch.setattr("lesslib.zoo.grow.FIT", 2)
     parts, rates, merge, step = [], [], module.merge_heads, torch.optim.AdamW.step
     monkeypatch.setattr(
         module, "merge_heads", lambda model, part: (parts.append(part), merge(model, part))
@@ -342,7 +342,7 @@ def test_windows_stay_inside_documents_that_are_long_enough():
 def test_the_card_holds_the_mean_loss_by_position_over_the_held_out_windows(
     start, corpora, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lesslib.evaluate.POSITION_BIN", 16)
+    monkeypatch.setattr("lesslib.evaluation.perplexity.POSITION_BIN", 16)
     card = pretrain(start, tmp_path, **SETTINGS)
     model, tokenizer = load_model(start, "cpu")
     for name, documents in split(corpora)[1].items():
