@@ -9,7 +9,14 @@ import torch
 from lesslib import H2O, Full, Lambda, LessCache, less
 from lesslib.data import encode
 from lesslib.data.storyworld import examples
-from lesslib.evaluation.answers import continuations, option_scores, paired, prompts, rouge
+from lesslib.evaluation import (
+    Decoding,
+    continuations,
+    option_scores,
+    paired,
+    prompts,
+    rouge,
+)
 from lesslib.models import load_kernels, load_model
 
 
@@ -52,9 +59,10 @@ def test_texts_equal_generate_row_by_row(pico):
     )
     policy = H2O(heavy=2, recent=2)
     methods = [(Full(), None), (policy, None), (policy.plus(4), None), (policy, kernels)]
-    together = continuations(model, tokenizer, asked, 12, methods, batch=2)
+    together = continuations(model, tokenizer, asked, Decoding(12, batch=2), methods)
     assert together == [
-        [continuations(model, tokenizer, [a], 12, [m])[0][0] for a in asked] for m in methods
+        [continuations(model, tokenizer, [a], Decoding(12), [m])[0][0] for a in asked]
+        for m in methods
     ]
     for (chosen, used), texts in zip(methods, together, strict=True):
         for prompt, text in zip(asked, texts, strict=True):
@@ -77,7 +85,7 @@ def test_texts_equal_generate_row_by_row(pico):
     assert len({tuple(texts) for texts in together}) > 1
     assert all("\n" not in text for texts in together for text in texts)
     first = [tokenizer.decode(encode(tokenizer, text)[1:2]).strip() for text in together[3]]
-    assert continuations(model, tokenizer, asked, 1, methods) == [first] * 4
+    assert continuations(model, tokenizer, asked, Decoding(1), methods) == [first] * 4
 
 
 def test_a_text_ends_with_its_line_even_where_that_is_its_first_token(pico, monkeypatch):
@@ -93,7 +101,7 @@ def test_a_text_ends_with_its_line_even_where_that_is_its_first_token(pico, monk
         )
 
     monkeypatch.setattr(model, "generate", generate)
-    assert continuations(model, tokenizer, [[1, 50, 51], [1, 52]], 4)[0] == [
+    assert continuations(model, tokenizer, [[1, 50, 51], [1, 52]], Decoding(4))[0] == [
         tokenizer.decode([405, 400]).strip(),
         "",
     ]
@@ -106,7 +114,7 @@ def test_policies_of_two_classes_cannot_be_read_together(pico):
             model,
             tokenizer,
             [[1, 50, 51, 52, 53]],
-            4,
+            Decoding(4),
             [(H2O(heavy=2, recent=2), None), (Lambda(recent=2, sinks=2), None)],
         )
 
@@ -115,7 +123,8 @@ def test_sampling_depends_on_the_seed_alone(pico):
     model, tokenizer = pico
     asked = [encode(tokenizer, "The river rose and")]
     a, b, c = (
-        continuations(model, tokenizer, asked, 12, temperature=1.0, seed=s)[0][0] for s in (0, 0, 1)
+        continuations(model, tokenizer, asked, Decoding(12, temperature=1.0, seed=s))[0][0]
+        for s in (0, 0, 1)
     )
     assert a == b != c
 

@@ -11,13 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lesslib import H2O, TOVA, Lambda, less
 from lesslib.attention.fit import model_shape
 from lesslib.data import Corpus, Document
-from lesslib.evaluation.perplexity import (
-    POSITION_BIN,
-    Window,
-    evaluation_windows,
-    gap_closed,
-    perplexity,
-)
+from lesslib.evaluation import Window, evaluation_windows, gap_closed, perplexity
+from lesslib.evaluation.perplexity import POSITION_BIN
 from lesslib.models import load_model
 from lesslib.states import Kernels
 
