@@ -20,7 +20,7 @@ from lesslib.attention.cache import LessCache
 from lesslib.attention.fit import model_shape
 from lesslib.bench.benchmarks import SCHEMES, measure
 from lesslib.data import load_corpus, training_windows
-from lesslib.evaluation.perplexity import Window, evaluation_windows, perplexity
+from lesslib.evaluation import Window, evaluation_windows, perplexity
 from lesslib.experiments.sweep import sweep
 from lesslib.hf import attention_modules, less, output_projection, replace_attention
 from lesslib.models import kernel_path, load_kernels, load_model
