@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -105,14 +106,15 @@ class LowRank(State):
         return dispatch.lowrank_part(phi.to(wide), psi, values.to(wide))
 
 
-def over_batch(features, x: Tensor) -> Tensor:
+def over_batch(features: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`features` of x [B, H, S, D], with all tokens of a batch as those of one row: [B, H, S, R].
 
     Weights are per head; with a batch before the heads they would be copied for every row.
     """
-    B, _, S, _ = x.shape
-    one_row = x.transpose(0, 1).flatten(1, 2)[None]  # [1, H, B * S, D]
-    return features(one_row)[0].unflatten(1, (B, S)).transpose(0, 1)
+    B, H, S, D = x.shape
+    one_row = x.transpose(0, 1).reshape(1, H, B * S, D)
+    out = features(one_row)  # [1, H, B * S, R]
+    return out.reshape(H, B, S, out.shape[-1]).transpose(0, 1)
 
 
 @register_state
