@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lesslib.data import load_corpus
 from lesslib.data.storyworld import Example
 from lesslib.data.tasks import load_task
-from lesslib.evaluation.perplexity import Window, evaluation_windows
+from lesslib.evaluation import Window, evaluation_windows
 from lesslib.models import load_model, model_shape
 from lesslib.profiles import get_profile
 

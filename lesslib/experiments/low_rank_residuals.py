@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lesslib.evaluation.perplexity import Window, perplexity
+from lesslib.evaluation import Window, perplexity
 from lesslib.experiments.claims import Verdict, claim
 from lesslib.experiments.experiment import Experiment, Point
 from lesslib.experiments.loaded import model_of, windows_of

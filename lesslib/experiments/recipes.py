@@ -14,7 +14,7 @@ from lesslib.experiments.training_kernels import layer_trainers
 from lesslib.models import model_shape
 from lesslib.reporting import plots
 from lesslib.states import Kernels
-from lesslib.train import LayerTrainer, Recipe, layer_pool
+from lesslib.training import LayerTrainer, Recipe, layer_pool
 
 if TYPE_CHECKING:
     from IPython.display import Markdown

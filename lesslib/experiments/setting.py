@@ -13,7 +13,7 @@ from lesslib.models import kernel_path, load_kernels, model_shape
 from lesslib.policies import Full, Policy, get_policy
 from lesslib.profiles import Profile, get_profile, results_dir
 from lesslib.states import Kernels, ModelState, get_state
-from lesslib.train import Recipe, train_for_profile
+from lesslib.training import Recipe, train_for_profile
 from lesslib.util.paths import ASSETS
 
 

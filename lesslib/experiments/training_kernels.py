@@ -16,7 +16,7 @@ from lesslib.models import model_shape
 from lesslib.policies import get_policy
 from lesslib.reporting import plots
 from lesslib.states import Kernels
-from lesslib.train import LayerTrainer, Recipe, capture_layers
+from lesslib.training import LayerTrainer, Recipe, capture_layers
 from lesslib.util.hardware import one_thread
 
 if TYPE_CHECKING:

@@ -67,8 +67,8 @@ class State(nn.Module):
     def read(self, memory: Memory, queries: Tensor, scaling: float) -> Part:
         """What queries [B, Hq, S, D] find: output [B, Hq, S, Dv] and log-sum-exp [B, Hq, S].
 
-        `scaling` is what the model multiplies its logits with (1/sqrt D, as a rule). The log-sum-exp
-        is -inf where nothing was absorbed.
+        `scaling` is what the model multiplies its logits with (1/sqrt D, as a rule). The
+        log-sum-exp is -inf where nothing was absorbed.
         """
         raise NotImplementedError
 
@@ -87,13 +87,16 @@ class State(nn.Module):
         queries; a state that has a faster form overrides it.
         """
         memory = self.empty(keys, values)
-        parts = []
+        outputs = []
+        sums = []
         for t in range(queries.shape[2]):
             now = slice(t, t + 1)
             self.absorb(memory, keys[:, :, now], values[:, :, now], has_arrived[:, :, now])
-            parts.append(self.read(memory, queries[:, :, now], scaling))
-        outputs = torch.cat([part.output for part in parts], 2)
-        return Part(outputs, torch.cat([part.logsumexp for part in parts], 2))
+            part = self.read(memory, queries[:, :, now], scaling)
+            # A copy: a state may hand out a view of its memory, which changes with the next pair.
+            outputs.append(part.output.clone())
+            sums.append(part.logsumexp.clone())
+        return Part(torch.cat(outputs, 2), torch.cat(sums, 2))
 
     def over_sequence(
         self,
