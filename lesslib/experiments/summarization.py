@@ -338,10 +338,10 @@ def rerun_verdicts(record: dict) -> Iterator[Verdict]:
 def paper_table() -> Markdown:
     """ROUGE-1 of the paper, by model, task and budget."""
     cells = {}
-    for role, tasks in PAPER["rouge"].items():
-        for task, budgets in tasks.items():
+    for role, grid in GRIDS.items():
+        for task, budgets in PAPER["rouge"][role].items():
             for budget, scores in budgets.items():
-                cells[GRIDS[role].stands_for, task, budget] = scores
+                cells[grid.stands_for, task, budget] = scores
     # each once, in the order in which they are met
     labels: dict[str, None] = {}
     for scores in cells.values():
