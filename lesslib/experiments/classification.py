@@ -196,7 +196,7 @@ def chance(record: dict) -> dict[str, float]:
 
 def recovery_table(record: dict) -> Markdown:
     """Of the accuracy that Baseline+ loses to the full cache, the share that LESS gives back."""
-    lines = []
+    lines: list[list[str | None]] = []
     for task, rows in groups(record).items():
         if sum(rows[FULL]["right"]) > sum(rows[PLUS]["right"]):
             # a right answer as a loss of -1

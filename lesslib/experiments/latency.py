@@ -199,7 +199,7 @@ def table(record: dict) -> Markdown:
         for method in METHODS:
             row = entry["methods"][method]
             if "out_of_memory" in row:
-                measured = ["out of memory", *[None] * 6]
+                measured: list[str | None] = ["out of memory", *[None] * 6]
             else:
                 ratio, _, _ = times_the_throughput(entry["methods"], method)
                 measured = _measured(row, ratio)
@@ -207,7 +207,7 @@ def table(record: dict) -> Markdown:
     return plots.table(columns, lines)
 
 
-def _measured(row: dict[str, Any], ratio: float) -> list[str]:
+def _measured(row: dict[str, Any], ratio: float) -> list[str | None]:
     """The cells of a method that ended its runs."""
     return [
         f"{row['prompt_s'][0]:.2f}",

@@ -30,7 +30,7 @@ BLUES = ("#9ecae1", "#3182bd", "#08306b")
 MARKERS = {"Full": "", "Baseline": "o", "Baseline+": "s", "Performer": "x"}
 MARKER_OF_LESS = "^"
 
-RC_PARAMS = {
+RC_PARAMS: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
