@@ -27,7 +27,7 @@ from lesslib.models import kernel_path, load_kernels, load_model
 from lesslib.policies import Full, Policy, budget_of, get_policy
 from lesslib.profiles import get_profile, results_dir, roles
 from lesslib.states import Kernels
-from lesslib.training.train import (
+from lesslib.training import (
     LayerTrainer,
     Recipe,
     capture_layers,
