@@ -55,24 +55,8 @@ class LessCache(Cache):
             raise ValueError(f"prefill {prefill!r}: choose 'dense' or 'streaming'")
         if not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk={chunk!r} must be a whole number of tokens, at least 1")
-        layers: list[Any] = list(DynamicCache(config=model.config).layers)
-        for i, layer in enumerate(layers):
-            if type(layer).__name__ == "DynamicLayer":
-                layer_state = Nothing() if state is None else state[i]
-                layers[i] = LessLayer(
-                    policy, layer_state, chunk if prefill == "streaming" else None
-                )
-            elif not getattr(layer, "is_sliding", False) or not isinstance(layer, CacheLayerMixin):
-                raise NotImplementedError(
-                    f"layer {i} of {type(model).__name__} keeps a {type(layer).__name__}: only"
-                    " attention layers, full or with a sliding window, are implemented"
-                )
-        if not any(isinstance(layer, LessLayer) for layer in layers):
-            raise ValueError(
-                f"every layer of {type(model).__name__} has a sliding window, so its cache is"
-                " bounded already: use transformers' own"
-            )
-        super().__init__(layers=layers)
+        chunk_size = chunk if prefill == "streaming" else None
+        super().__init__(layers=bounded_layers(model, policy, state, chunk_size))
         self.owner = id(model)
         self.policy = policy
         self.state = state
@@ -137,10 +121,10 @@ class LessCache(Cache):
             one_pair = slots.keys[:, :, 0].nbytes + slots.values[:, :, 0].nbytes
             full += int(layer.seen) * one_pair
             report["tokens"] = int(self.less_layers()[0].seen)
-        for layer in self.layers:
-            if not isinstance(layer, LessLayer) and layer.is_initialized:
-                stock: Any = layer
-                report["sliding"] += stock.keys.nbytes + stock.values.nbytes
+        stock: list[Any] = [layer for layer in self.layers if not isinstance(layer, LessLayer)]
+        for sliding in stock:
+            if sliding.is_initialized:
+                report["sliding"] += sliding.keys.nbytes + sliding.values.nbytes
         held = ("slots", "bookkeeping", "state", "sliding")
         report["cache"] = sum(report[part] for part in held)
         report["kernels"] = 0
@@ -177,6 +161,27 @@ class LessCache(Cache):
         is_held.scatter_(2, position.long() % (T + 1), True)
         was_seen = torch.arange(T, device=cache.device) < count
         return ~is_held[..., :T] & was_seen
+
+
+def bounded_layers(
+    model: PreTrainedModel, policy: Policy, state: ModelState | None, chunk: int | None
+) -> list[Any]:
+    """The layers of transformers' own cache, with a LessLayer in place of each that would grow."""
+    layers: list[Any] = list(DynamicCache(config=model.config).layers)
+    for i, layer in enumerate(layers):
+        if type(layer).__name__ == "DynamicLayer":
+            layers[i] = LessLayer(policy, Nothing() if state is None else state[i], chunk)
+        elif not getattr(layer, "is_sliding", False) or not isinstance(layer, CacheLayerMixin):
+            raise NotImplementedError(
+                f"layer {i} of {type(model).__name__} keeps a {type(layer).__name__}: only"
+                " attention layers, full or with a sliding window, are implemented"
+            )
+    if not any(isinstance(layer, LessLayer) for layer in layers):
+        raise ValueError(
+            f"every layer of {type(model).__name__} has a sliding window, so its cache is bounded"
+            " already: use transformers' own"
+        )
+    return layers
 
 
 def check_bounded(policy: Policy) -> None:

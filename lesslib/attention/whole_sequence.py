@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lesslib.ops import dispatch
+from lesslib.ops import dispatch, triton
 from lesslib.ops.blocks import gather_tokens
 from lesslib.ops.merge import Part, merge
 from lesslib.ops.scan import arrivals, sparse_attention
 from lesslib.policies import Policy, simulate
-from lesslib.states import Nothing, State
+from lesslib.states import State
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def evict(
     rule = policy.rule()
     if rule is not None and dispatch.runs_steps_in_one_kernel(rule, q, k, v):
         budget = policy.budget or S
-        times, part = dispatch.sequence_of_steps(rule, q, k, v, budget, real, scaling)
+        times, part = triton.sequence_of_steps(rule, q, k, v, budget, real, scaling)
         return Evicted(times, *part)
     times = simulate(policy, q, k, real, scaling)
     budget = S if policy.budget is None else policy.budget
@@ -115,9 +115,8 @@ def less_attention(
     """
     if policy.budget is None or policy.budget >= q.shape[2]:
         return dense_attention(q, k, v, real, scaling)
-    state = state or Nothing()
     evicted = evict(policy, q, k, v, real, scaling)
-    if state.is_empty:
+    if state is None or state.is_empty:
         return evicted.sparse.to(v.dtype)
     if scaling is None:
         scaling = q.shape[-1] ** -0.5

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lesslib.data import encode
-from lesslib.evaluation.answers import option_scores, prompts
-from lesslib.evaluation.perplexity import gap_closed
+from lesslib.evaluation import gap_closed, option_scores, prompts
 from lesslib.experiments.claims import Verdict, claim
 from lesslib.experiments.experiment import Experiment, Point, TaskTexts
 from lesslib.experiments.loaded import examples_of, model_of

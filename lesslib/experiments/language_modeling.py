@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from lesslib.evaluation.perplexity import RECURRENCE, gap_closed
+from lesslib.evaluation import gap_closed
+from lesslib.evaluation.perplexity import RECURRENCE
 from lesslib.experiments.claims import Verdict, claim
 from lesslib.experiments.experiment import Point
 from lesslib.experiments.method import Method

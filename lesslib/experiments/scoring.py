@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from lesslib.evaluation.perplexity import gap_closed, perplexity
+from lesslib.evaluation import gap_closed, perplexity
 from lesslib.experiments.claims import Verdict
 from lesslib.experiments.experiment import Experiment, Point
 from lesslib.experiments.loaded import model_of, windows_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lesslib.evaluation.answers import paired
+from lesslib.evaluation import paired
 from lesslib.experiments.claims import Verdict
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lesslib.data.storyworld import Example
-from lesslib.evaluation.answers import continuations, paired, prompts, rouge
+from lesslib.evaluation import Decoding, continuations, paired, prompts, rouge
 from lesslib.experiments import language_modeling
 from lesslib.experiments.claims import Verdict, claim
 from lesslib.experiments.experiment import Experiment, Point, TaskTexts
@@ -132,15 +132,9 @@ def summarise(experiment: Experiment, points: list[Point]) -> list[dict[str, Any
     examples, shots = examples_of(p["task"], p["count"], p["shots"], p["length"])
     room = model_shape(model)["context"] - p["new_tokens"]
     prompt_ids = prompts(examples, shots, tokenizer, room, p.get("text", True))
-    written = continuations(
-        model,
-        tokenizer,
-        prompt_ids,
-        p["new_tokens"],
-        [experiment.setting(point) for point in points],
-        batch=get_tasks(profile).at_once,
-        seed=experiment.seed,
-    )
+    decoding = Decoding(p["new_tokens"], get_tasks(profile).at_once, seed=experiment.seed)
+    methods = [experiment.setting(point) for point in points]
+    written = continuations(model, tokenizer, prompt_ids, decoding, methods)
     texts_kept = 0 if profile == "wild" else TEXTS_KEPT
     values = []
     for summaries in written:

@@ -38,18 +38,3 @@ def lowrank_part(phi: Tensor, psi: Tensor, v: Tensor) -> Part:
     if wants_triton(phi):
         return part_of_sums(*triton.lowrank_attention(phi, psi, v))
     return scan.lowrank_part(phi, psi, v)
-
-
-def sequence_of_steps(
-    rule: EvictionRule,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    budget: int,
-    is_real: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Part]:
-    """Eviction times [B, Hkv, S], and attention over the kept tokens, of all steps in one
-    kernel.
-    """
-    return triton.sequence_of_steps(rule, q, k, v, budget, is_real, scaling)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lesslib.evaluation.perplexity import POSITION_BIN, gap_closed
+from lesslib.evaluation import gap_closed
+from lesslib.evaluation.perplexity import POSITION_BIN
 from lesslib.reporting.style import axes, colour, marker
 
 # a value, and the two ends of its whisker

@@ -67,8 +67,8 @@ class State(nn.Module):
     def read(self, memory: Memory, queries: Tensor, scaling: float) -> Part:
         """What queries [B, Hq, S, D] find: output [B, Hq, S, Dv] and log-sum-exp [B, Hq, S].
 
-        `scaling` is what the model multiplies its logits with (1/sqrt D, as a rule). The log-sum-exp
-        is -inf where nothing was absorbed.
+        `scaling` is what the model multiplies its logits with (1/sqrt D, as a rule). The
+        log-sum-exp is -inf where nothing was absorbed.
         """
         raise NotImplementedError
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,8 @@ class LowRank(State):
 
     def absorb(self, memory: Memory, keys: Tensor, values: Tensor, is_held: Tensor) -> None:
         """H += psi(k)^T v and z += psi(k) (paper, eqs 4-5)."""
-        H, z = memory["H"], memory["z"]
+        H = memory["H"]
+        z = memory["z"]
         if dispatch.wants_triton(keys):
             triton.absorb(H, z, self.fused_psi(keys), values, is_held)
             return
@@ -75,7 +77,8 @@ class LowRank(State):
 
     def read(self, memory: Memory, queries: Tensor, scaling: float) -> Part:
         """phi(q) H / phi(q) z and log phi(q) z: the low-rank part of the paper's eq. 3."""
-        H, z = memory["H"], memory["z"]
+        H = memory["H"]
+        z = memory["z"]
         if dispatch.wants_triton(queries):
             return triton.read(self.fused_phi(queries), H, z)
         phi = over_batch(self.phi, queries).to(H.dtype)  # [B, Hq, S, R]
@@ -103,14 +106,15 @@ class LowRank(State):
         return dispatch.lowrank_part(phi.to(wide), psi, values.to(wide))
 
 
-def over_batch(features, x: Tensor) -> Tensor:
+def over_batch(features: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`features` of x [B, H, S, D], with all tokens of a batch as those of one row: [B, H, S, R].
 
     Weights are per head; with a batch before the heads they would be copied for every row.
     """
-    B, _, S, _ = x.shape
-    one_row = x.transpose(0, 1).flatten(1, 2)[None]  # [1, H, B * S, D]
-    return features(one_row)[0].unflatten(1, (B, S)).transpose(0, 1)
+    B, H, S, D = x.shape
+    one_row = x.transpose(0, 1).reshape(1, H, B * S, D)
+    out = features(one_row)  # [1, H, B * S, R]
+    return out.reshape(H, B, S, out.shape[-1]).transpose(0, 1)
 
 
 @register_state

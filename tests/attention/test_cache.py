@@ -1,4 +1,6 @@
-"""The bounded decode cache against the naive loop, the whole-sequence form and dense attention; float64 but where said."""
+"""The bounded decode cache against the naive loop, the whole-sequence form and dense attention;
+float64 but where said.
+"""
 
 import copy
 import itertools
@@ -52,7 +54,8 @@ class Given(LowRank):
         self.s = s
 
     def _look_up(self, x, tokens, features):
-        # x [B, H, n, D], or [1, H, B * n, D] as `over_batch` gives it; every token is told by its vector
+        # x [B, H, n, D], or [1, H, B * n, D] as `over_batch` gives it; every token is told by its
+        # vector
         B = len(tokens)
         rows = x.transpose(0, 1).flatten(1, 2).unflatten(1, (B, -1)).transpose(0, 1)  # [B, H, n, D]
         index = (rows[:, :, :, None] == tokens[:, :, None]).all(-1).int().argmax(-1)
@@ -92,7 +95,9 @@ def feed(layer, s, sizes):
 
 
 def positions_evicted(layer, times, real):
-    """The tokens that are evicted at the end by `times`, as `LessCache.evicted` counts: [B, Hkv, T] from the first real token."""
+    """The tokens that are evicted at the end by `times`, as `LessCache.evicted` counts: [B, Hkv,
+    T] from the first real token.
+    """
     B, Hkv, S = times.shape
     T, result = (
         int(layer.slots.count.max()),
@@ -147,7 +152,9 @@ def test_the_state_is_the_sum_over_the_evicted_set(policy, sequences):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_a_prompt_attends_densely_and_is_evicted_once(policy, sequences):
-    """The paper's prefill: dense rows, their column sums (H2O) or last row (TOVA), then the budget's worth of tokens stay."""
+    """The paper's prefill: dense rows, their column sums (H2O) or last row (TOVA), then the
+    budget's worth of tokens stay.
+    """
     for pads in (None, [0, 9]):
         s = sequences(S=150, pads=pads)
         layer = layer_for(policy, s)
@@ -186,7 +193,9 @@ def test_a_prompt_attends_densely_and_is_evicted_once(policy, sequences):
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_a_later_turn_attends_slots_state_and_itself_and_is_evicted_once(policy, sequences):
-    """Several tokens, more than a block of queries, on a cache that is not empty, against a plain loop over queries."""
+    """Several tokens, more than a block of queries, on a cache that is not empty, against a plain
+    loop over queries.
+    """
     first, turn = 18, 100
     s = sequences(S=first + turn, pads=[0, 4])
     layer = layer_for(policy, s)
@@ -406,7 +415,9 @@ def test_a_left_padded_row_equals_the_row_alone(name, models, ids):
 
 
 def greedy(model, policy, kernels, ids, new):
-    """Greedy decoding by the naive loop over the whole sequence, from a prompt of one token (so that no prefill differs)."""
+    """Greedy decoding by the naive loop over the whole sequence, from a prompt of one token (so
+    that no prefill differs).
+    """
 
     def attention(layer, q, k, v, real, scaling):
         features = (
@@ -447,8 +458,8 @@ def test_pico_falcon_with_its_kernels_generates_what_a_naive_greedy_loop_does():
         H2O.from_fraction(0.05, 1024),
     )
     ids = tokenizer(
-        "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
-        * 2,
+        "It was the best of times, it was the worst of times, it was the age of wisdom, "
+        "it was the age of foolishness. " * 2,
         return_tensors="pt",
     ).input_ids
     assert ids.shape[1] > policy.budget
@@ -523,7 +534,9 @@ def test_a_cache_is_filled_only_where_that_is_the_same_as_reading(llama, models,
 
 
 def test_a_chat_turn_goes_on_where_the_last_ended(llama, ids):
-    """generate, then generate again with the grown history, equals the same calls of the model by hand."""
+    """generate, then generate again with the grown history, equals the same calls of the model by
+    hand.
+    """
     kernels, policy = kernels_of(llama), POLICIES[0]
     cache, by_hand = (LessCache(llama, policy, kernels) for _ in range(2))
     history = torch.cat([generate(llama, ids[:, :10], cache, 5), ids[:, 10:20]], 1)
@@ -702,11 +715,9 @@ def test_bytes_equal_the_formula_and_do_not_grow(name, models, ids):
     [
         ("llama-grouped", "aot_eager", 1e-8),
         ("falcon-7b", "aot_eager", 1e-8),
-        (
-            "llama-grouped",
-            "inductor",
-            1e-4,
-        ),  # Llama's norms are in float32, where inductor rounds otherwise: the stock model moves by 1e-5 too
+        # Llama's norms are in float32, where inductor rounds otherwise: the stock model moves by
+        # 1e-5 too.
+        ("llama-grouped", "inductor", 1e-4),
     ],
 )
 def test_one_compiled_frame_over_many_decode_steps(name, backend, atol, models, ids):
@@ -941,7 +952,8 @@ def test_padding_on_the_right_gradients_and_a_changed_batch_are_refused(llama, i
         llama(ids, past_key_values=cache)
         with refused(
             ValueError,
-            r"holds 2 rows of torch.float64 on cpu and was given 1 rows.*call reset\(\), or make a new cache",
+            r"holds 2 rows of torch.float64 on cpu and was given 1 rows.*call reset\(\), or make a new"
+            r" cache",
         ):
             llama(ids[:1, :1], past_key_values=cache)
     with less(llama), refused(RuntimeError, r"LessCache is for inference.*torch.no_grad\(\)"):

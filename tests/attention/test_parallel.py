@@ -1,4 +1,6 @@
-"""LESS over a whole sequence: the fast form against the naive loop, dense attention, and exact sums. All in float64 but where said."""
+"""LESS over a whole sequence: the fast form against the naive loop, dense attention, and exact
+sums. All in float64 but where said.
+"""
 
 import math
 
@@ -116,7 +118,9 @@ def test_kernels_at_zero_are_eviction_alone(policy, sequences):
 
 @pytest.mark.parametrize("policy", SPARSE, ids=str)
 def test_perfect_features_recover_dense_attention(policy, sequences):
-    """One-hot keys with phi(q_t)_j = exp(logit of t, j): then phi psi^T is the softmax kernel, and nothing is lost by eviction."""
+    """One-hot keys with phi(q_t)_j = exp(logit of t, j): then phi psi^T is the softmax kernel,
+    and nothing is lost by eviction.
+    """
     s = sequences(B=1, Hq=4, Hkv=2, S=40)
     phi = (s.q @ s.k.repeat_interleave(2, 1).transpose(-1, -2) / 5**0.5).exp()
     psi = torch.eye(40, dtype=torch.float64).expand(1, 2, 40, 40)
@@ -187,7 +191,9 @@ def test_merge_survives_logits_of_any_size(sequences):
 
 
 def test_float32_merge_has_no_floor(sequences):
-    """Weights far below 1e-6, where floors of peers would bite, still mix in their true proportion."""
+    """Weights far below 1e-6, where floors of peers would bite, still mix in their true
+    proportion.
+    """
     lse, tiny = torch.tensor([-70.0]), torch.tensor([math.exp(-70.0)])
     out = merged(torch.ones(1, 2), lse, 3 * tiny.expand(1, 2), tiny)
     torch.testing.assert_close(out, torch.full((1, 2), 2.0))
@@ -196,7 +202,9 @@ def test_float32_merge_has_no_floor(sequences):
 @pytest.mark.parametrize("policy", SPARSE, ids=str)
 @pytest.mark.parametrize("shift", [-600.0, 600.0])
 def test_shifting_the_logits_changes_nothing(policy, shift, sequences):
-    """exp of a row shifted by 1000 overflows; eviction, sparse attention and the mix with an equally scaled phi do not move."""
+    """exp of a row shifted by 1000 overflows; eviction, sparse attention and the mix with an
+    equally scaled phi do not move.
+    """
     s = sequences(S=70, D=4)
     q, k = (torch.cat([x, torch.ones_like(x[..., :1])], -1) for x in (s.q, s.k))
     far = k.clone()
@@ -208,7 +216,8 @@ def test_shifting_the_logits_changes_nothing(policy, shift, sequences):
     close(recover(moved, s.phi * math.exp(shift), s.psi, s.v), recover(near, s.phi, s.psi, s.v))
 
 
-# ---------------------------------------------------------------- batches, padding, precision, memory
+# ---------------------------------------------------------------- batches, padding, precision,
+# memory
 @pytest.mark.parametrize("policy", [*SPARSE, Full()], ids=str)
 def test_a_batch_row_equals_the_row_alone_padded_or_not(policy, sequences):
     pads = [0, 7, 65, 68]
@@ -277,7 +286,9 @@ def test_no_tensor_grows_with_the_square_of_the_length(policy, sequences):
 
 
 def test_the_sparse_form_takes_any_eviction_times(sequences):
-    """It relies on times alone, not on a policy having made them: random ones, at most one a step and C kept, against a dense mask."""
+    """It relies on times alone, not on a policy having made them: random ones, at most one a step
+    and C kept, against a dense mask.
+    """
     s = sequences(B=1, Hq=2, Hkv=2, S=100)
     times, t = torch.full((1, 2, 100), NEVER, dtype=torch.int32), torch.arange(100)
     for h in range(2):

@@ -10,7 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lesslib.data import Corpus, Document, corpora, encode, load_corpus, missing, training_windows
+from lesslib.data import (
+    Corpus,
+    Document,
+    Source,
+    corpora,
+    encode,
+    hub,
+    load_corpus,
+    missing,
+    training_windows,
+)
+from lesslib.data.topics import HELDOUT_SHARE, MIN_SHARED, split_topics
 from lesslib.models import load_model
 
 
@@ -30,22 +41,27 @@ def write_jsonl(path, rows):
 
 
 def paragraphs(documents):
-    keys = (" ".join(p.split()) for d in documents for p in re.split(r"\n\s*\n", d.text))
-    return {k for k in keys if len(k) >= corpora.MIN_SHARED}
+    long = set()
+    for document in documents:
+        for paragraph in re.split(r"\n\s*\n", document.text):
+            words = " ".join(paragraph.split())
+            if len(words) >= MIN_SHARED:
+                long.add(words)
+    return long
 
 
 # ---------------------------------------------------------------- carried text
 def test_carried_text_is_split_without_overlap_and_without_loss():
-    train, heldout = load_corpus("topics-train"), load_corpus("topics-heldout")
+    train = load_corpus("topics-train")
+    heldout = load_corpus("topics-heldout")
     assert not paragraphs(train.documents) & paragraphs(heldout.documents)
     everything = paragraphs([Document(n, t) for n, t in topics.topics.items()])
     assert paragraphs(train.documents) | paragraphs(heldout.documents) == everything
-    names = "+".join(d.title for c in (train, heldout) for d in c.documents).split("+")
+    names = "+".join(d.title for d in train.documents + heldout.documents).split("+")
     assert sorted(names) == sorted(topics.topics)
-    share = heldout.record()["characters"] / (
-        heldout.record()["characters"] + train.record()["characters"]
-    )
-    assert 0.5 * corpora.HELDOUT_SHARE < share <= corpora.HELDOUT_SHARE
+    heldout_characters = heldout.record()["characters"]
+    share = heldout_characters / (heldout_characters + train.record()["characters"])
+    assert 0.5 * HELDOUT_SHARE < share <= HELDOUT_SHARE
 
 
 # text of another Python version: any topics over any paragraphs, many of them shared
@@ -62,7 +78,8 @@ TOPICS = st.dictionaries(
 def test_the_split_follows_the_text_of_any_python_version(texts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topics, "topics", texts)
-        train, heldout = tuple(corpora._topics(heldout=False)), tuple(corpora._topics(heldout=True))
+        train = tuple(split_topics(heldout=False))
+        heldout = tuple(split_topics(heldout=True))
     assert train
     assert not paragraphs(train) & paragraphs(heldout)
     assert paragraphs(train) | paragraphs(heldout) == paragraphs(
@@ -91,7 +108,10 @@ def test_a_folder_gives_its_documents_in_order_with_titles(folder):
 
 
 def test_wikitext_is_split_into_articles_not_sections(folder):
-    text = " = First = \n Some text = here . \n = = Section = = \n More . \n = Second One = \n Other text . \n"
+    text = (
+        " = First = \n Some text = here . \n = = Section = = \n More . \n"
+        " = Second One = \n Other text . \n"
+    )
     (folder / "wikitext2_raw_test.txt.gz").write_bytes(gzip.compress(text.encode()))
     assert [d.title for d in load_corpus("wikitext2").documents] == ["First", "Second One"]
 
@@ -142,9 +162,8 @@ def test_without_a_folder_an_unreachable_hub_is_said_at_once(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.delenv("LESS_DATA", raising=False)
-    monkeypatch.setattr(
-        constants, "ENDPOINT", "http://127.0.0.1:9"
-    )  # the discard port: refused at once
+    # the discard port: refused at once
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(FileNotFoundError, match="hub cannot be reached; set LESS_DATA"):
         load_corpus("c4")
 
@@ -154,11 +173,13 @@ def test_a_failing_download_names_the_cause_and_the_fix(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.delenv("LESS_DATA", raising=False)
-    monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
-    monkeypatch.setitem(corpora.SOURCES, "c4", ("c4.jsonl.gz", fail))
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
+    monkeypatch.setitem(corpora.SOURCES, "c4", Source("c4.jsonl.gz", fail))
     with pytest.raises(FileNotFoundError, match=r"no route.*set LESS_DATA"):
         load_corpus("c4")
-    monkeypatch.setitem(corpora.SOURCES, "c4", ("c4.jsonl.gz", lambda: [Document("t", "row")]))
+    monkeypatch.setitem(
+        corpora.SOURCES, "c4", Source("c4.jsonl.gz", lambda: [Document("t", "row")])
+    )
     assert load_corpus("c4").origin == "hub"
 
 

@@ -1,5 +1,6 @@
 """Perplexity: what is counted, that batches and padding change nothing, and its errors."""
 
+import itertools
 import math
 
 import numpy as np
@@ -11,13 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lesslib import H2O, TOVA, Lambda, less
 from lesslib.attention.fit import model_shape
 from lesslib.data import Corpus, Document
-from lesslib.evaluation.perplexity import (
-    POSITION_BIN,
-    Window,
-    evaluation_windows,
-    gap_closed,
-    perplexity,
-)
+from lesslib.evaluation import Window, evaluation_windows, gap_closed, perplexity
+from lesslib.evaluation.perplexity import POSITION_BIN
 from lesslib.models import load_model
 from lesslib.states import Kernels
 
@@ -45,7 +41,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def windows():
-    rng, lengths = np.random.default_rng(0), [150, 7, 61, 150, 2, 33, 99]
+    rng = np.random.default_rng(0)
+    lengths = [150, 7, 61, 150, 2, 33, 99]
     return [
         Window(i // 2, (0, *rng.integers(1, 97, n - 1).tolist()), n // 2)
         for i, n in enumerate(lengths)
@@ -65,9 +62,9 @@ class NoBos:
 
 
 TEXT = (
-    " A café's   naïve “quotes” \u2013 un-believable words,\n\n\tand supercalifragilistic 東京 lines.\n"
-    * 9
-)
+    " A café's   naïve “quotes” \u2013 un-believable words,\n\n"
+    "\tand supercalifragilistic 東京 lines.\n"
+) * 9
 
 
 def corpus(*texts):
@@ -78,7 +75,7 @@ def corpus(*texts):
 @pytest.mark.parametrize("length", [8, 33, 64])
 def test_windows_that_cover_a_document_hold_its_tokens_and_its_words_once(tokenizer, length):
     windows = evaluation_windows(corpus(TEXT), tokenizer, length, 10_000, 10_000)
-    ids = [i for w in windows for i in w.ids[1:]]
+    ids = list(itertools.chain(*(w.ids[1:] for w in windows)))
     whole = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert ids == whole[: len(ids)]
     assert len(whole) - len(ids) <= 1  # a last window of one token is left out
@@ -128,26 +125,17 @@ def reference(model, window):
 def test_perplexity_is_the_textbook_sum_over_tokens_words_documents_and_positions(model, windows):
     out = perplexity(model, windows, batch=3)
     losses = [reference(model, w) for w in windows]
-    nll, tokens, words = (
-        sum(x.sum() for x in losses),
-        sum(map(len, losses)),
-        sum(w.words for w in windows),
-    )
+    nll = sum(x.sum() for x in losses)
+    tokens = sum(map(len, losses))
+    words = sum(w.words for w in windows)
     assert (out["tokens"], out["words"], out["windows"]) == (tokens, words, len(windows))
     assert out["log_ppl"] == pytest.approx(nll / tokens, rel=1e-6)
     assert out["token_ppl"] == pytest.approx(math.exp(nll / tokens), rel=1e-6)
     assert out["word_ppl"] == pytest.approx(math.exp(nll / words), rel=1e-5)
-    by_document = [
-        [
-            sum(x.sum() for x, w in zip(losses, windows, strict=True) if w.document == d)
-            for d in range(4)
-        ],
-        [
-            sum(len(x) for x, w in zip(losses, windows, strict=True) if w.document == d)
-            for d in range(4)
-        ],
-    ]
-    np.testing.assert_allclose(np.array(out["by_document"]).T, by_document, atol=1e-3)
+    by_document = np.zeros((4, 2))
+    for x, w in zip(losses, windows, strict=True):
+        by_document[w.document] += (x.sum(), len(x))
+    np.testing.assert_allclose(np.array(out["by_document"]), by_document, atol=1e-3)
     for b, value in enumerate(out["by_position"]):
         inside = np.concatenate([x[b * POSITION_BIN : (b + 1) * POSITION_BIN] for x in losses])
         assert value == pytest.approx(inside.mean(), abs=1e-4)
@@ -156,16 +144,21 @@ def test_perplexity_is_the_textbook_sum_over_tokens_words_documents_and_position
     for w, x in zip(windows, losses, strict=True):
         for t in range(1, len(w.ids)):
             where = [j for j in range(t) if w.ids[j] == w.ids[t]]
-            kinds["new" if not where else "near" if t - where[-1] <= 64 else "far"].append(x[t - 1])
+            if not where:
+                kind = "new"
+            elif t - where[-1] <= 64:
+                kind = "near"
+            else:
+                kind = "far"
+            kinds[kind].append(x[t - 1])
     assert all(len(x) > 20 for x in kinds.values())
     for name, x in kinds.items():
         assert out["by_recurrence"][name] == [pytest.approx(sum(x), abs=1e-2), len(x)]
 
 
 def test_the_standard_error_is_that_of_the_mean_over_documents(model, windows):
-    same = [
-        Window(d, w.ids, w.words) for d, w in enumerate(w for w in windows if len(w.ids) == 150)
-    ]
+    long = [w for w in windows if len(w.ids) == 150]
+    same = [Window(d, w.ids, w.words) for d, w in enumerate(long)]
     means = [reference(model, w).mean() for w in same]
     assert perplexity(model, same)["log_ppl_se"] == pytest.approx(
         np.std(means, ddof=1) / math.sqrt(len(means)), rel=1e-5
@@ -204,7 +197,8 @@ def test_losses_that_are_not_finite_are_refused(model, windows):
 
 # ---------------------------------------------------------------- the share of the gap
 def test_the_share_of_the_gap_and_its_interval():
-    tokens, rng = np.array([50, 120, 80, 200, 90]), np.random.default_rng(1)
+    tokens = np.array([50, 120, 80, 200, 90])
+    rng = np.random.default_rng(1)
     full = 3.0 * tokens
     gap = rng.uniform(0.1, 0.5, 5) * tokens
     results = [
@@ -228,7 +222,8 @@ def test_a_resample_without_a_gap_is_left_out_of_the_interval():
 
 
 def test_gaps_that_cannot_be_measured_are_refused():
-    one, other = {"by_document": [[30.0, 10], [20.0, 5]]}, {"by_document": [[30.0, 10], [20.0, 6]]}
+    one = {"by_document": [[30.0, 10], [20.0, 5]]}
+    other = {"by_document": [[30.0, 10], [20.0, 6]]}
     with pytest.raises(ValueError, match="not measured on the same windows"):
         gap_closed(one, other, one)
     with pytest.raises(ValueError, match="no gap to close"):

@@ -1,4 +1,6 @@
-"""LessCache against the authors' released generation code: same weights, kernels and tokens, same logits."""
+"""LessCache against the authors' released generation code: same weights, kernels and tokens, same
+logits.
+"""
 
 import json
 from pathlib import Path

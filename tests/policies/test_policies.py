@@ -35,7 +35,8 @@ def naive_times(policy, s):
     return naive_attention(s.q, s.k, s.v, policy, real=s.real)[1]
 
 
-# ---------------------------------------------------------------- simulate against the readable spec
+# ---------------------------------------------------------------- simulate against the readable
+# spec
 @pytest.mark.parametrize("policy", ALL, ids=str)
 def test_eviction_times_equal_the_naive_loop(policy, sequences):
     for seed, shape in enumerate(SHAPES):

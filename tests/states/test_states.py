@@ -1,4 +1,6 @@
-"""Every state: its whole-sequence form against the loop over absorb and read, its numbers, its registry."""
+"""Every state: its whole-sequence form against the loop over absorb and read, its numbers, its
+registry.
+"""
 
 import pytest
 import torch
