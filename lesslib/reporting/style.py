@@ -24,7 +24,7 @@ COLOURS = {
     "Baseline+": "#e39a2d",
     "Performer": "#8c8c8c",
 }
-# of LESS, trained at growing budgets
+# Of LESS, trained at growing budgets.
 BLUES = ("#9ecae1", "#3182bd", "#08306b")
 
 MARKERS = {"Full": "", "Baseline": "o", "Baseline+": "s", "Performer": "x"}
