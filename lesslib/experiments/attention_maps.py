@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from IPython.display import Markdown
     from matplotlib.figure import Figure
 
-# of a map: the tokens at a text's end that it shows, and the pixels of its side
+# Of a map: the tokens at a text's end that it shows, and the pixels of its side.
 MAP_TOKENS = 192
 MAP_SIZE = 64
-# windows that distances are averaged over, at the most
+# Windows that distances are averaged over, at the most.
 WINDOWS = 6
-# the columns of the figures
+# The columns of the figures.
 LABELS = ("original", "sparse", "LESS")
 # (role of the model, policy, budget), the first of them alone in a quick profile
 CASES = (("llama", "h2o", 0.05), ("llama", "lambda", 0.05), ("falcon", "h2o", 0.1))
@@ -182,7 +182,7 @@ class AttentionMaps(Experiment):
         comparison = Comparison(policy, cast(Kernels, kernels), layers)
 
         windows = windows_of(self.profile.name, self.corpora()[0], model_name)
-        # at most WINDOWS of them, evenly spread: every n-th, n rounded up
+        # At most WINDOWS of them, evenly spread: every n-th, n rounded up.
         every = -(-len(windows) // WINDOWS)
         with capture(model, comparison.keep):
             for window in windows[::every]:
@@ -264,7 +264,7 @@ def maps_figure(record: dict) -> Figure:
     )
     for row, (case, entry) in zip(panels, points.items(), strict=True):
         for panel, label in zip(row, LABELS, strict=True):
-            # a zero weight is drawn as 0.0001, the darkest colour
+            # A zero weight is drawn as 0.0001, the darkest colour.
             weights = np.log10(np.array(entry["maps"][label]) + 1e-4)
             image = panel.imshow(weights, cmap="magma", vmin=-4, vmax=-0.5)
             panel.set(title=f"{case}: {label}", xticks=[], yticks=[], xlabel="key", ylabel="query")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from IPython.display import Markdown
     from matplotlib.figure import Figure
 
-# the paper's: how much more time a step of LESS takes than one of Baseline+
+# The paper's: how much more time a step of LESS takes than one of Baseline+.
 OVERHEAD = 0.175
 LOADS = {profile: Load(**settings["loads"]["Table 8"]) for profile, settings in SETTINGS.items()}
 
@@ -41,7 +41,7 @@ class Breakdown(Experiment):
         return [Point(str(load), asdict(load))]
 
     def models(self) -> tuple[str, ...]:
-        # the weights are random
+        # The weights are random.
         return ()
 
     def compute(self, point: Point) -> dict[str, Any]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 METHODS = four_methods(0.05, "lambda")
 LABELS = [method.label for method in METHODS]
 LESS = LABELS[-1]
-# the point that withholds the text
+# The point that withholds the text.
 WITHHELD = "withheld"
 
 
@@ -178,14 +178,20 @@ def paper_table() -> Markdown:
 def table(record: dict) -> Markdown:
     """Accuracy by method and task, beside chance and what is left without the text."""
     tasks = groups(record)
-    lines = []
-    for label in LABELS:
-        lines.append([label, *(rows[label]["accuracy"] for rows in tasks.values())])
+    lines = accuracies(tasks)
     lines.append(["chance", *chance(record).values()])
     if all(WITHHELD in rows for rows in tasks.values()):
         withheld = [rows[WITHHELD]["accuracy"] for rows in tasks.values()]
         lines.append(["Full, text withheld", *withheld])
     return plots.table(["accuracy", *tasks], lines)
+
+
+def accuracies(tasks: dict[str, dict[str, dict]]) -> list[list[Any]]:
+    """Lines of a table: by method, its accuracy in each of the tasks."""
+    lines = []
+    for label in LABELS:
+        lines.append([label, *(rows[label]["accuracy"] for rows in tasks.values())])
+    return lines
 
 
 def chance(record: dict) -> dict[str, float]:
@@ -195,10 +201,10 @@ def chance(record: dict) -> dict[str, float]:
 
 def recovery_table(record: dict) -> Markdown:
     """Of the accuracy that Baseline+ loses to the full cache, the share that LESS gives back."""
-    lines = []
+    lines: list[list[str | None]] = []
     for task, rows in groups(record).items():
         if sum(rows[FULL]["right"]) > sum(rows[PLUS]["right"]):
-            # a right answer as a loss of -1
+            # A right answer as a loss of -1.
             losses = [as_losses(rows[label]["right"]) for label in (FULL, PLUS, LESS)]
             share, low, high = gap_closed(*losses)
             lines.append([task, f"{share:.0%}", f"{low:.0%} to {high:.0%}"])
@@ -218,8 +224,7 @@ def wild_table() -> Markdown | None:
     if not tasks:
         print("none are recorded here: ./run_all.sh --profile wild --only 05")
         return None
-    lines = [[label, *(rows[label]["accuracy"] for rows in tasks.values())] for label in LABELS]
-    return plots.table(["method", *tasks], lines)
+    return plots.table(["method", *tasks], accuracies(tasks))
 
 
 # ---------------------------------------------------------------------- figures
@@ -227,6 +232,6 @@ def figure(record: dict) -> Figure:
     """Accuracy by task and method, with two standard errors, and chance."""
     bars = {}
     for task, rows in groups(record).items():
-        bars[task] = {label: [float(right) for right in rows[label]["right"]] for label in LABELS}
+        bars[task] = {label: rows[label]["right"] for label in LABELS}
     title = "Lambda mask at 5% (two standard errors; dotted: chance)"
     return plots.mean_bars(bars, "accuracy", title, chance(record))

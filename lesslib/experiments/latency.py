@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     from IPython.display import Markdown
     from matplotlib.figure import Figure
 
-# the two full caches that a user of transformers would pick: one grows, one is allocated at once
+# The two full caches that a user of transformers would pick: one grows, one is allocated at once.
 FULL = ("Full, dynamic", "Full, static")
-# by profile; on small machines their lengths are the paper's divided by 4 to 10
-LOADS = {
-    profile: [Load(**load) for load in settings["loads"]["Table 6"]]
-    for profile, settings in SETTINGS.items()
-}
+# By profile; on small machines their lengths are the paper's divided by 4 to 10.
+LOADS: dict[str, list[Load]] = {}
+for _profile, _settings in SETTINGS.items():
+    LOADS[_profile] = [Load(**load) for load in _settings["loads"]["Table 6"]]
 
 
 def loads(profile: str) -> list[Load]:
@@ -45,7 +44,7 @@ class Latency(Experiment):
         return [Point(str(load), asdict(load)) for load in loads(self.profile.name)]
 
     def models(self) -> tuple[str, ...]:
-        # the weights are random
+        # The weights are random.
         return ()
 
     def compute(self, point: Point) -> dict[str, Any]:
@@ -58,6 +57,18 @@ def run(profile: str, seed: int = 0) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------- ratios
+class Ratios(NamedTuple):
+    """How many times quicker a method is than the quicker full cache.
+
+    `middle` is by medians of their runs, `low` by its slowest run against that one's quickest, and
+    `high` the other way round.
+    """
+
+    middle: float
+    low: float
+    high: float
+
+
 def finished(methods: dict[str, dict]) -> dict[str, dict]:
     """The methods of a load that did not run out of memory."""
     return {method: row for method, row in methods.items() if "seconds" in row}
@@ -68,39 +79,29 @@ def run_seconds(row: dict[str, Any]) -> np.ndarray:
     return np.add(row["prompt_s"], row["decode_s"])
 
 
-def times_faster(methods: dict[str, dict], method: str) -> tuple[float, float, float]:
-    """How many times sooner `method` is done with a load than the quicker full cache.
-
-    By medians of the runs; then its slowest run against that one's quickest, and the other way
-    round.
-    """
+def times_faster(methods: dict[str, dict], method: str) -> Ratios:
+    """How many times sooner `method` is done with a load than the quicker full cache."""
     return _ratios(methods, method, batches=dict.fromkeys(methods, 1))
 
 
-def times_the_throughput(methods: dict[str, dict], method: str) -> tuple[float, float, float]:
-    """As `times_faster`, of tokens a second in all rows: methods may serve different numbers."""
+def times_the_throughput(methods: dict[str, dict], method: str) -> Ratios:
+    """How many times the tokens a second of the quicker full cache `method` writes in its rows."""
     return _ratios(methods, method, batches={m: row["rows"] for m, row in methods.items()})
 
 
-def _ratios(
-    methods: dict[str, dict], method: str, batches: dict[str, int]
-) -> tuple[float, float, float]:
-    """(by medians, worst case, best case) of work a second against the quicker full cache.
-
-    `batches`: what each method's run counts as.
-    """
+def _ratios(methods: dict[str, dict], method: str, batches: dict[str, int]) -> Ratios:
+    """Ratios of work a second; `batches`: the work that a run of each method counts as."""
     seconds = {m: run_seconds(row) for m, row in finished(methods).items()}
-    full = min(
-        (m for m in FULL if m in seconds),
-        key=lambda m: np.median(seconds[m]) / batches[m],
-    )
+    full_caches = [m for m in FULL if m in seconds]
+    full = min(full_caches, key=lambda m: np.median(seconds[m]) / batches[m])
     share = batches[method] / batches[full]
     theirs = seconds[full]
     ours = seconds[method]
-    middle = float(share * np.median(theirs) / np.median(ours))
-    low = float(share * min(theirs) / max(ours))
-    high = float(share * max(theirs) / min(ours))
-    return middle, low, high
+    return Ratios(
+        middle=float(share * np.median(theirs) / np.median(ours)),
+        low=float(share * min(theirs) / max(ours)),
+        high=float(share * max(theirs) / min(ours)),
+    )
 
 
 def is_equal_memory(entry: dict) -> bool:
@@ -108,27 +109,26 @@ def is_equal_memory(entry: dict) -> bool:
     return bool(entry["parameters"]["cache_mib"])
 
 
-def times_quicker(entry: dict, method: str) -> tuple[float, float, float]:
+def times_quicker(entry: dict, method: str) -> Ratios:
     """What a load measures: tokens a second in equal memory, else the seconds of a batch."""
     if is_equal_memory(entry):
         return times_the_throughput(entry["methods"], method)
     return times_faster(entry["methods"], method)
 
 
-def is_decided(entry: dict) -> bool:
+def is_comparable(entry: dict) -> bool:
     """Whether LESS and a full cache both ended their runs."""
     methods = finished(entry["methods"])
     return "LESS" in methods and any(full in methods for full in FULL)
 
 
 # ---------------------------------------------------------------------- claims
-def _verdict(claim: str, ratios: tuple[float, float, float], more: str = "") -> Verdict:
+def _verdict(claim: str, ratios: Ratios, more: str = "") -> Verdict:
     """Decided where the slowest of one's runs still beats the quickest of the other's."""
-    middle, low, high = ratios
-    numbers = f"{middle:.2f} times [{low:.2f}, {high:.2f}]{more}"
-    if low <= 1 <= high:
+    numbers = f"{ratios.middle:.2f} times [{ratios.low:.2f}, {ratios.high:.2f}]{more}"
+    if ratios.low <= 1 <= ratios.high:
         return Verdict(claim, None, numbers)
-    return Verdict(claim, middle > 1, numbers)
+    return Verdict(claim, ratios.middle > 1, numbers)
 
 
 @claim(
@@ -140,7 +140,7 @@ def _verdict(claim: str, ratios: tuple[float, float, float], more: str = "") -> 
 def done_before(record: dict) -> Iterator[Verdict]:
     """LESS against the quicker full cache, both with as many rows."""
     for name, entry in record["points"].items():
-        if is_decided(entry) and not is_equal_memory(entry):
+        if is_comparable(entry) and not is_equal_memory(entry):
             claim = f"{name}: LESS is done before the quicker full cache"
             yield _verdict(claim, times_faster(entry["methods"], "LESS"))
 
@@ -154,7 +154,7 @@ def done_before(record: dict) -> Iterator[Verdict]:
 def writes_more(record: dict) -> Iterator[Verdict]:
     """LESS against the quicker full cache, each with as many rows as fit into the same memory."""
     for name, entry in record["points"].items():
-        if is_decided(entry) and is_equal_memory(entry):
+        if is_comparable(entry) and is_equal_memory(entry):
             methods = finished(entry["methods"])
             most = max(methods[full]["rows"] for full in FULL if full in methods)
             yield _verdict(
@@ -199,15 +199,15 @@ def table(record: dict) -> Markdown:
         for method in METHODS:
             row = entry["methods"][method]
             if "out_of_memory" in row:
-                measured = ["out of memory", *[None] * 6]
+                measured: list[str | None] = ["out of memory", *[None] * 6]
             else:
-                ratio, _, _ = times_the_throughput(entry["methods"], method)
-                measured = _measured(row, ratio)
+                ratios = times_the_throughput(entry["methods"], method)
+                measured = _measured(row, ratios.middle)
             lines.append([name, method, row["rows"], *measured])
     return plots.table(columns, lines)
 
 
-def _measured(row: dict[str, Any], ratio: float) -> list[str]:
+def _measured(row: dict[str, Any], ratio: float) -> list[str | None]:
     """The cells of a method that ended its runs."""
     return [
         f"{row['prompt_s'][0]:.2f}",
@@ -223,7 +223,7 @@ def _measured(row: dict[str, Any], ratio: float) -> list[str]:
 def print_paper() -> None:
     """Print the ratios of the paper's Table 6."""
     rows = PAPER["table6"]["rows"]
-    # by row: of 13B at batch 4, of 7B at batch 24 and 64; each has the full cache, ..., LESS
+    # By row: of 13B at batch 4, of 7B at batch 24 and 64; each has the full cache, ..., LESS.
     seconds_13b = rows[0]["latency_s"]
     seconds_7b = rows[1]["latency_s"]
     times = rows[2]["tokens_per_s"][2] / rows[1]["tokens_per_s"][0]

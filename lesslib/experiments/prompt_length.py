@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 METHODS = four_methods(0.05)
 LABELS = [method.label for method in METHODS]
 LESS = LABELS[-1]
-# of the profile's tasks, the paper draws two
+# Of the profile's tasks, the paper draws two.
 TASKS = 2
 RESAMPLES = 2000
-# lengths that a curve is drawn through
+# Lengths that a curve is drawn through.
 POINTS_OF_CURVE = 40
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from IPython.display import Markdown
     from matplotlib.figure import Figure
 
-# the files whose claims are shown, in the order of the paper's tables and figures
+# The files whose claims are shown, in the order of the paper's tables and figures.
 EXPERIMENTS = (
     "low_rank_residuals",
     "language_modeling",
@@ -33,7 +33,7 @@ EXPERIMENTS = (
     "breakdown",
 )
 NOT_MEASURED = "not measured"
-# how a status counts verdicts of several kinds
+# How a status counts verdicts of several kinds.
 COUNTED = {WORDS[True]: "hold", WORDS[False]: "fail", WORDS[None]: "open"}
 TINTS = {
     WORDS[True]: "#7fbf7b",
@@ -152,7 +152,7 @@ def board(rows: list[tuple[str, list[str]]], columns: list[str]) -> Figure:
         loc="center",
     )
     for cell in cells.get_celld().values():
-        # the space before the text, as a share of the cell's width
+        # The space before the text, as a share of the cell's width.
         cell.PAD = 0.02
     cells.auto_set_font_size(False)
     cells.scale(1, 1.25)

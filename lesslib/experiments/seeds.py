@@ -34,7 +34,7 @@ class Seeds(Experiment):
     def __init__(self, profile: str, seed: int = 0) -> None:
         super().__init__(profile, seed)
         self.settings = get_tasks(self.profile.name)
-        # the model that was taught to write summaries
+        # The model that was taught to write summaries.
         self.writer = roles(self.profile.name, tasks=True)["llama"]
 
     def points(self) -> list[Point]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lesslib.experiments.claims import Verdict, claim
 from lesslib.reporting.paper import PAPER
 
-# of the paper's kernels: their width, and R
+# Of the paper's kernels: their width, and R.
 HIDDEN = 512
 KERNEL_SIZE = 8
 
@@ -15,9 +15,9 @@ KERNEL_SIZE = 8
 def layer_weights(model: dict, hidden: int = HIDDEN, R: int = KERNEL_SIZE) -> int:
     """Numbers in the kernels of one layer of a model of the paper's."""
     D = model["head_dim"]
-    # phi of a query head and psi of a KV head: D x hidden, hidden x R
+    # Phi of a query head and psi of a KV head: D x hidden, hidden x R.
     two_layers = (model["heads"] + model["kv_heads"]) * (D + R) * hidden
-    # of psi only: W3 is R x R, and s1 and s2 have R each
+    # Of psi only: W3 is R x R, and s1 and s2 have R each.
     residual = model["kv_heads"] * R * (R + 2)
     return two_layers + residual
 
@@ -44,7 +44,7 @@ def state(hidden: int = HIDDEN, R: int = KERNEL_SIZE) -> Iterator[Verdict]:
     """
     for name, model in PAPER["models"].items():
         token = 2 * model["head_dim"]
-        # H is R x D, z is R
+        # H is R x D, z is R.
         tokens = R * (model["head_dim"] + 1) / token
         weights = layer_weights(model, hidden, R) / model["kv_heads"] / token
         yield Verdict(

@@ -28,7 +28,7 @@ def nats_apart(a: dict, b: dict) -> list[float]:
     """
     losses_a = [nll for nll, _ in a["by_document"]]
     losses_b = [nll for nll, _ in b["by_document"]]
-    # of a mean over documents, to one over tokens
+    # Of a mean over documents, to one over tokens.
     documents_a_token = len(losses_a) / a["tokens"]
     return [documents_a_token * end for end in paired(losses_a, losses_b)]
 

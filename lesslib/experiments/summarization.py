@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = ("rouge1", "rouge2", "rougeL")
-# examples whose summaries and references are recorded
+# Examples whose summaries and references are recorded.
 TEXTS_KEPT = 4
 
 
@@ -46,14 +46,14 @@ class Grid:
     tasks: int
 
 
-# by role; those of Falcon are also the budgets that independent re-runs report
+# By role; those of Falcon are also the budgets that independent re-runs report.
 GRIDS = {
     "llama": Grid("Llama 2 7B", (0.05, 0.1), (0.02, 0.05), tasks=3),
     "wide": Grid("Llama 2 13B", (0.1,), (0.02, 0.05), tasks=2),
     "falcon": Grid("Falcon 7B", (0.05, 0.1, 0.2), (0.05, 0.1), tasks=2),
 }
 LABELS_OF_LESS = [Method.less(0.05, trained).label for trained in (0.02, 0.05, 0.1)]
-# trained at 5%, which all models have
+# Trained at 5%, which all models have.
 LESS = Method.less(0.05).label
 
 
@@ -65,7 +65,7 @@ def methods_at(fraction: float, trained_fractions: tuple[float, ...]) -> list[Me
 
 # ---------------------------------------------------------------------- points
 class Summarization(Experiment):
-    # one reading of the prompts serves all methods
+    # One reading of the prompts serves all methods.
     together = ("method", "fraction", "s")
     shares_points = True
 
@@ -133,8 +133,8 @@ def summarise(experiment: Experiment, points: list[Point]) -> list[dict[str, Any
     room = model_shape(model)["context"] - p["new_tokens"]
     prompt_ids = prompts(examples, shots, tokenizer, room, p.get("text", True))
     decoding = Decoding(p["new_tokens"], get_tasks(profile).at_once, seed=experiment.seed)
-    settings = [experiment.setting(point) for point in points]
-    written = continuations(model, tokenizer, prompt_ids, decoding, settings)
+    methods = [experiment.setting(point) for point in points]
+    written = continuations(model, tokenizer, prompt_ids, decoding, methods)
     texts_kept = 0 if profile == "wild" else TEXTS_KEPT
     values = []
     for summaries in written:
@@ -266,7 +266,7 @@ def falcon_scores_above_plus(record: dict) -> Iterator[Verdict]:
     return scores_above(groups(record))
 
 
-# the share of Falcon's row, and the tasks that stand for its CNN/DailyMail
+# The share of Falcon's row, and the tasks that stand for its CNN/DailyMail.
 SHARE_OF_FALCON = 0.414
 TASKS_OF_SHARE = ("cnn_dailymail", "summary")
 
@@ -332,11 +332,11 @@ def rerun_verdicts(record: dict) -> Iterator[Verdict]:
 def paper_table() -> Markdown:
     """ROUGE-1 of the paper, by model, task and budget."""
     cells = {}
-    for role, tasks in PAPER["rouge"].items():
-        for task, budgets in tasks.items():
+    for role, grid in GRIDS.items():
+        for task, budgets in PAPER["rouge"][role].items():
             for budget, scores in budgets.items():
-                cells[GRIDS[role].stands_for, task, budget] = scores
-    # each once, in the order in which they are met
+                cells[grid.stands_for, task, budget] = scores
+    # Each once, in the order in which they are met.
     labels: dict[str, None] = {}
     for scores in cells.values():
         labels |= dict.fromkeys(scores)

@@ -16,12 +16,12 @@ from lesslib.evaluation import gap_closed
 from lesslib.evaluation.perplexity import POSITION_BIN
 from lesslib.reporting.style import axes, colour, marker
 
-# a value, and the two ends of its whisker
+# A value, and the two ends of its whisker.
 Interval = Sequence[float] | np.ndarray
-# share of a group's place on the axis that its bars fill, and of a bar's place that the bar fills
+# Share of a group's place on the axis that its bars fill, and of a bar's place that the bar fills.
 GROUP_WIDTH = 0.8
 BAR_WIDTH = 0.875
-# marks on a curve, at the most about so many
+# Marks on a curve, at the most about so many.
 MARKS_ON_A_CURVE = 8
 
 
@@ -41,7 +41,7 @@ def bars(
     for i, rows in enumerate(groups.values()):
         for method, (value, low, high) in rows.items():
             x = i + width * (methods.index(method) + 0.5) - GROUP_WIDTH / 2
-            # the legend has one entry a method: the first group's
+            # The legend has one entry a method: the first group's.
             label = method if i == 0 else None
             tint = colour(method, methods)
             panel.bar(x, value, BAR_WIDTH * width, color=tint, label=label)
@@ -87,7 +87,7 @@ def gaps(groups: Mapping[str, tuple[dict, Mapping[str, dict]]], title: str) -> F
         others = {method: row for method, row in rows.items() if method != "Baseline"}
         shares[label] = {m: gap_closed(full, baseline, row) for m, row in others.items()}
     figure = bars(shares, "share of the gap closed", title, dict.fromkeys(groups, 0.5))
-    # what closes far less than nothing is cut off below, so that the others can be told apart
+    # What closes far less than nothing is cut off below, so that the others can be told apart.
     panel = figure.axes[0]
     lowest = panel.get_ylim()[0]
     panel.set_ylim(bottom=min(-0.1, max(-0.5, lowest)))
@@ -97,12 +97,12 @@ def gaps(groups: Mapping[str, tuple[dict, Mapping[str, dict]]], title: str) -> F
 def stacked(rows: Mapping[str, Mapping[str, float]], xlabel: str, title: str) -> Figure:
     """By method, a horizontal bar of parts in their order, with their sum at its end."""
     figure, (panel,) = axes(1, width=7, height=0.6 * len(rows) + 1.2)
-    # part -> its colour, in the order in which the parts are met
+    # Part -> its colour, in the order in which the parts are met.
     tints: dict[str, str] = {}
     for i, row in enumerate(rows.values()):
         total = 0.0
         for part, value in row.items():
-            # the legend has one entry a part: the first bar's
+            # The legend has one entry a part: the first bar's.
             label = None if part in tints else part
             tint = tints.setdefault(part, f"C{len(tints)}")
             panel.barh(i, value, left=total, color=tint, label=label)

@@ -6,9 +6,9 @@ from lesslib.util.paths import ASSETS
 
 PAPER: dict = json.loads((ASSETS / "paper.json").read_text())
 
-# the paper's row of a method, where it has another name
+# The paper's row of a method, where it has another name.
 ROWS = {"Performer": "H2O+Performer"}
-# the paper's column of a policy
+# The paper's column of a policy.
 POLICIES = {"h2o": "H2O", "lambda": "Lambda", "tova": "TOVA"}
 
 

@@ -24,13 +24,13 @@ COLOURS = {
     "Baseline+": "#e39a2d",
     "Performer": "#8c8c8c",
 }
-# of LESS, trained at growing budgets
+# Of LESS, trained at growing budgets.
 BLUES = ("#9ecae1", "#3182bd", "#08306b")
 
 MARKERS = {"Full": "", "Baseline": "o", "Baseline+": "s", "Performer": "x"}
 MARKER_OF_LESS = "^"
 
-RC_PARAMS = {
+RC_PARAMS: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
