@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from lesslib.attention.cache import LessCache
 from lesslib.attention.fit import model_shape
-from lesslib.bench.benchmarks import SCHEMES, measure
+from lesslib.bench import SCHEMES, measure
 from lesslib.data import load_corpus, training_windows
 from lesslib.evaluation.perplexity import Window, evaluation_windows, perplexity
 from lesslib.experiments.sweep import sweep

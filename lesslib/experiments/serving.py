@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from lesslib.bench.serving import Load, parts, serve
+from lesslib.bench import Load, parts, serve
 from lesslib.experiments.language import record
 from lesslib.profiles import SETTINGS, get_limit
 
