@@ -1,5 +1,5 @@
-"""Names that lie in `lesslib.evaluation.answers`, kept where users found them."""
+"""Names that lie in `lesslib.evaluation`, kept where users found them."""
 
-from lesslib.evaluation.answers import continuations, option_scores, paired, prompts, rouge
+from lesslib.evaluation import Decoding, continuations, option_scores, paired, prompts, rouge
 
-__all__ = ["continuations", "option_scores", "paired", "prompts", "rouge"]
+__all__ = ["Decoding", "continuations", "option_scores", "paired", "prompts", "rouge"]

@@ -1,6 +1,7 @@
-"""Names that lie in `lesslib.attention.cache`, kept where users found them."""
+"""Names that lie in `lesslib.attention`, kept where users found them."""
 
-from lesslib.attention.cache import BUFFERS, LessCache, LessLayer
+from lesslib.attention.cache import LessCache
 from lesslib.attention.fit import cache_bytes
+from lesslib.attention.layer import LessLayer
 
-__all__ = ["BUFFERS", "LessCache", "LessLayer", "cache_bytes"]
+__all__ = ["LessCache", "LessLayer", "cache_bytes"]

@@ -1,5 +1,5 @@
-"""Names that lie in `lesslib.evaluation.perplexity`, kept where users found them."""
+"""Names that lie in `lesslib.evaluation`, kept where users found them."""
 
-from lesslib.evaluation.perplexity import Window, evaluation_windows, gap_closed, perplexity
+from lesslib.evaluation import Window, evaluation_windows, gap_closed, perplexity
 
 __all__ = ["Window", "evaluation_windows", "gap_closed", "perplexity"]

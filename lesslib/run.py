@@ -1,8 +1,8 @@
-"""`python -m lesslib.run`; the code lies in `lesslib.runner.run`."""
+"""`python -m lesslib.run`; the code lies in `lesslib.runner.main`."""
 
 import sys
 
-from lesslib.runner.run import main
+from lesslib.runner.main import main
 
 __all__ = ["main"]
 

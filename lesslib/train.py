@@ -1,6 +1,6 @@
-"""`python -m lesslib.train`; the code lies in `lesslib.training.train`."""
+"""`python -m lesslib.train`; the code lies in `lesslib.training`."""
 
-from lesslib.training.train import (
+from lesslib.training import (
     LayerData,
     LayerTrainer,
     Recipe,

@@ -1,4 +1,6 @@
-"""What every test may count on: offline, one thread, the smoke profile, results in a temporary folder, a fixed seed."""
+"""What every test may count on: offline, one thread, the smoke profile, results in a temporary
+folder, a fixed seed.
+"""
 
 import functools
 import os
@@ -9,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-# Before lesslib or transformers are imported, and in the environment itself: notebooks and subprocesses see it too.
+# Before lesslib or transformers are imported, and in the environment itself: notebooks and
+# subprocesses see it too.
 os.environ.update(
     HF_HUB_OFFLINE="1", LESS_PROFILE="smoke", LESS_RESULTS=tempfile.mkdtemp(prefix="less-tests-")
 )
@@ -31,10 +34,12 @@ def _isolated(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def sequences():
-    """A function that draws q, k, v and features phi, psi in float64, and `real` with False where `pads` [B] says (left padding).
+    """A function that draws q, k, v and features phi, psi in float64, and `real` with False where
+    `pads` [B] says (left padding).
 
-    The first coordinate weighs every key, later ones more on average: heavy hitters keep changing, as they would not with
-    plain noise, where the first tokens hold their scores for good.
+    The first coordinate weighs every key, later ones more on average: heavy hitters keep
+    changing, as they would not with plain noise, where the first tokens hold their scores for
+    good.
     """
 
     def draw(B=2, Hq=4, Hkv=2, S=37, D=5, Dv=4, R=3, pads=None, seed=0, spread=1.0):
@@ -64,7 +69,9 @@ def sequences():
 
 @pytest.fixture(scope="module")
 def models():
-    """A function from an architecture's name in tests/zoo.py to its model, built once for a test file."""
+    """A function from an architecture's name in tests/zoo.py to its model, built once for a test
+    file.
+    """
     from tiny_models import WITH_HYBRID, build
 
     return functools.cache(lambda name: build(WITH_HYBRID[name]()))

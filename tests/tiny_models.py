@@ -1,4 +1,6 @@
-"""What several test files use: tiny random models of many architectures, in float64, kernels for them, shapes of sequences."""
+"""What several test files use: tiny random models of many architectures, in float64, kernels for
+them, shapes of sequences.
+"""
 
 import torch
 import transformers as tf
@@ -87,7 +89,9 @@ def close(a, b, atol=1e-10):
 
 
 def retained(times: Tensor, real: Tensor | None = None) -> Tensor:
-    """How many tokens are kept before each query, [B, Hkv, S], from the eviction times; `real` [B, S] is False for padding."""
+    """How many tokens are kept before each query, [B, Hkv, S], from the eviction times; `real`
+    [B, S] is False for padding.
+    """
     S = times.shape[-1]
     entered = (
         torch.ones_like(times, dtype=torch.int64)

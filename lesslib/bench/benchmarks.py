@@ -31,7 +31,7 @@ from lesslib.hf import attention_modules, less, output_projection
 from lesslib.models import load_model
 from lesslib.policies import H2O, Full, Policy, budget_of
 from lesslib.states import Kernels, LayerKernels
-from lesslib.training.train import LayerTrainer, Recipe, capture_layers, features, layer_pool
+from lesslib.training import LayerTrainer, Recipe, capture_layers, features, layer_pool
 from lesslib.util.command_line import options
 from lesslib.util.hardware import keep_memory
 

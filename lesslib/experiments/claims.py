@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from lesslib.evaluation.perplexity import RECURRENCE, gap_closed
+from lesslib.evaluation import gap_closed
+from lesslib.evaluation.perplexity import RECURRENCE
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from lesslib.attention.cache import LessCache
 from lesslib.attention.fit import model_shape
 from lesslib.bench.benchmarks import SCHEMES, measure
 from lesslib.data import load_corpus, training_windows
-from lesslib.evaluation.perplexity import Window, evaluation_windows, perplexity
+from lesslib.evaluation import Window, evaluation_windows, perplexity
 from lesslib.experiments.sweep import sweep
 from lesslib.hf import attention_modules, less, output_projection, replace_attention
 from lesslib.models import kernel_path, load_kernels, load_model
 from lesslib.policies import Full, Policy, budget_of, get_policy
 from lesslib.profiles import get_profile, results_dir, roles
 from lesslib.states import Kernels
-from lesslib.training.train import (
+from lesslib.training import (
     LayerTrainer,
     Recipe,
     capture_layers,

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lesslib.evaluation.answers import paired
-from lesslib.evaluation.perplexity import gap_closed
+from lesslib.evaluation import gap_closed, paired
 from lesslib.experiments import claims
 from lesslib.experiments.claims import Verdict, groups
 from lesslib.reporting.paper import PAPER, POLICIES

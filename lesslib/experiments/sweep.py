@@ -15,7 +15,7 @@ from typing import Any
 from lesslib.profiles import results_dir
 from lesslib.reporting.results import cache_key, load, manifest, read_ledger
 from lesslib.util.files import check_writable, write_json
-from lesslib.util.progress import _sweep, minutes, progress
+from lesslib.util.progress import clear_context, minutes, progress, set_context, silence
 
 PROCESSES = 4  # that share points, at the most: each holds a model and a batch of its own
 
@@ -65,9 +65,9 @@ def sweep(
             if seconds
             else ""
         )
-        _sweep.clear()
+        clear_context()
         progress(name, len(done), len(points), left)
-        _sweep.update(done=f"{name} {len(done)}/{len(points)}", left=left)
+        set_context(f"{name} {len(done)}/{len(points)}", left)
 
     took = {p: record["points"].get(p, {}).get("seconds", 0.0) for p in points}
     if todo := {p: points[p] for p in points if p not in done}:
@@ -147,7 +147,7 @@ def _computed(
             finally:
                 pool.shutdown(cancel_futures=True)
     finally:
-        _sweep.clear()
+        clear_context()
 
 
 def _begin(threads: int) -> None:
@@ -155,7 +155,8 @@ def _begin(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    _sweep["silent"] = os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    silence()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 

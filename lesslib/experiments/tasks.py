@@ -15,7 +15,7 @@ from torch import Tensor
 from lesslib.attention.fit import check_fit, model_shape
 from lesslib.data import encode
 from lesslib.data.tasks import load_task, task_record
-from lesslib.evaluation.answers import continuations, option_scores, prompts, rouge
+from lesslib.evaluation import Decoding, continuations, option_scores, prompts, rouge
 from lesslib.experiments.language import METHODS, model_of, record, score, setting, windows_of
 from lesslib.hf import capture, less
 from lesslib.policies import simulate
@@ -123,9 +123,8 @@ def summarise(
     shown_texts = (
         0 if profile == "wild" else 4
     )  # results/wild is published, and holds no words of others
-    for said in continuations(
-        model, tokenizer, asked, new_tokens, methods, get_tasks(profile).at_once, temperature, seed
-    ):
+    decoding = Decoding(new_tokens, get_tasks(profile).at_once, temperature, seed)
+    for said in continuations(model, tokenizer, asked, decoding, methods):
         scores, other = (
             rouge(said, r) for r in (references, references[1:] + references[:1])
         )  # other: what words alone are worth

@@ -1,7 +1,11 @@
-"""The model zoo: pico models that the package carries, folders, hub names; and the kernels trained for them."""
+"""Load a model by name, and say in one sentence why one cannot be loaded.
 
-import hashlib
+A name is that of a model which the package carries, a folder, or a hub name such as org/model.
+"""
+
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +19,7 @@ from transformers import (
 )
 
 from lesslib.data import hub_reachable
-from lesslib.policies import get_policy
-from lesslib.states import Kernels
-from lesslib.util.paths import ASSETS
-
-
-def carried_models() -> list[str]:
-    """Names of the models that come with the package."""
-    return sorted(p.parent.name for p in ASSETS.glob("*/config.json"))
-
-
-def folder_of(name: str) -> Path | None:
-    """Where a model lies on this machine: carried, below $LESS_MODELS by its hub name, or a folder itself; None for the hub's."""
-    places = (ASSETS, Path(os.environ.get("LESS_MODELS", "")), Path())
-    return next((p / name for p in places if (p / name / "config.json").is_file()), None)
-
-
-def _revision(folder: Path) -> str:
-    """12 hex digits over the size and the ends of every weight file: enough to tell two trainings apart, at any size."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            digest.update(f"{path.name} {size}".encode() + f.read(1 << 20))
-            f.seek(max(0, size - (1 << 20)))
-            digest.update(f.read(1 << 20))
-    return digest.hexdigest()[:12]
+from lesslib.models.catalog import carried_models, folder_of, revision_of
 
 
 def load_model(
@@ -50,93 +29,106 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a carried model, a local folder or a hub name, in evaluation mode.
 
-    Default: the GPU when there is one; float32 on CPU, bfloat16 on GPU. Raises FileNotFoundError where the hub cannot give the
-    model, ValueError for a name that is none of the three and a folder that lacks a tokenizer or whole, finite weights.
+    Default: the GPU when there is one; float32 on CPU, bfloat16 on GPU. The model's `less_identity`
+    says its name and revision, by which kernels know the weights that they were trained for.
+    Raises FileNotFoundError where the hub cannot give the model, ValueError for a name that is none
+    of the three and for a folder that lacks a tokenizer or whole, finite weights.
     """
     name = os.fspath(name)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     folder = folder_of(name)
-    if folder is None and (Path(name).is_dir() or name.count("/") != 1):
-        known = f"carried models are {', '.join(carried_models())}; else give a folder with config.json or a hub name such as org/model"
-        raise ValueError(f"unknown model {name!r}: {known}")
-    part, source, offline = (
-        "tokenizer",
-        str(folder or name),
-        folder is not None or not hub_reachable(),
-    )
-    hook = logging.set_tqdm_hook(
-        lambda bar, args, options: (
-            hook(bar, args, options) if hook else bar(*args, **options | {"disable": True})
+    if folder is None:
+        _check_hub_name(name)
+    model, tokenizer, missing = _load(name, folder, dtype)
+    _check_weights(name, model, missing)
+    model.less_identity = _identity(name, folder, model)
+    return model.to(device).eval(), tokenizer
+
+
+def _check_hub_name(name: str) -> None:
+    """Raises ValueError for a name that is no hub name, org/model, either."""
+    if Path(name).is_dir() or name.count("/") != 1:
+        raise ValueError(
+            f"unknown model {name!r}: carried models are {', '.join(carried_models())}; "
+            "else give a folder with config.json or a hub name such as org/model"
         )
-    )
-    try:  # with the hook, no "Loading weights" bar; those of downloads stay
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
-        part = "weights"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, local_files_only=offline, output_loading_info=True
-        )
-    except Exception as e:  # transformers raises OSError, ValueError, RuntimeError, JSONDecodeError and SafetensorError here
-        reason = f"its {part} could not be loaded ({type(e).__name__}: {(str(e).strip() or repr(e)).splitlines()[0]})"
+
+
+def _load(
+    name: str, folder: Path | None, dtype: torch.dtype
+) -> tuple[Any, PreTrainedTokenizerBase, set[str]]:
+    """The model, its tokenizer, and the names of the weights that its files lack."""
+    source = str(folder or name)
+    is_offline = folder is not None or not hub_reachable()
+    part = "tokenizer"
+    try:
+        with _no_bar_of_weights():
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_offline)
+            part = "weights"
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, local_files_only=is_offline, output_loading_info=True
+            )
+    # OSError, ValueError, RuntimeError, JSONDecodeError and SafetensorError have been seen.
+    except Exception as e:
+        message = str(e).strip() or repr(e)
+        first_line = message.splitlines()[0]
+        reason = f"its {part} could not be loaded ({type(e).__name__}: {first_line})"
         if folder:
             raise ValueError(
                 f"model {name!r}: {reason}; copy or save the folder {folder} again"
             ) from e
-        fix = (
-            "the hub cannot be reached: connect,"
-            if offline
-            else "check the name, log in with `hf auth login` if it is gated,"
-        )
+        if is_offline:
+            fix = "the hub cannot be reached: connect,"
+        else:
+            fix = "check the name, log in with `hf auth login` if it is gated,"
         raise FileNotFoundError(f"model {name!r}: {reason}; {fix} or give a folder") from e
-    finally:
-        logging.set_tqdm_hook(hook)
     model, report = loaded
-    bad = [
-        f"the weights lack {n}" for n in sorted(report["missing_keys"])
-    ]  # transformers would draw these at random and only log it
-    bad += [
-        f"{n} holds NaN or infinite weights"
-        for n, p in model.named_parameters()
-        if not p.isfinite().all()
-    ]
-    if bad:
-        raise ValueError(f"model {name!r}: {bad[0]}; copy, fetch or train it again")
-    revision = _revision(folder) if folder else str(getattr(model.config, "_commit_hash", None))
-    model.less_identity = {
-        "model": folder.absolute().name if folder == Path(name) else name,
-        "revision": revision,
-    }
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer, report["missing_keys"]
 
 
-def kernel_path(
-    model: str, policy: str, fraction: float, folder: str | os.PathLike | None = None, seed: int = 0
-) -> Path:
-    """Where the kernels of `model` for `policy` at `fraction` of its context lie, below `folder` (default: the package's own)."""
-    name = f"{policy}-{fraction:g}" + (f"-seed{seed}" if seed else "")
-    return Path(folder or ASSETS / "kernels") / model.replace("/", "--") / f"{name}.safetensors"
+@contextlib.contextmanager
+def _no_bar_of_weights() -> Iterator[None]:
+    """transformers draws no "Loading weights" bar within the context; those of downloads stay.
 
-
-def load_kernels(
-    model: str, policy: str, fraction: float, folder: str | os.PathLike | None = None, seed: int = 0
-) -> Kernels:
-    """The kernels trained for `model` under `policy` at a budget of `fraction` of its context.
-
-    `folder`: see `kernel_path`. Raises FileNotFoundError naming what there is, ValueError for an unknown policy, a damaged file
-    or kernels of other weights than the carried model's.
+    A hook that the user has set stays in charge, and is there again afterwards.
     """
-    policy = get_policy(policy).name
-    path = kernel_path(model, policy, fraction, folder, seed)
-    if not path.is_file():
-        have = sorted(p.stem for p in path.parent.glob("*.safetensors"))
-        train = f"train them with python -m lesslib.train --model {model} --policy {policy} --fraction {fraction:g}"
-        raise FileNotFoundError(
-            f"no kernels {path.stem} for {model!r} in {path.parent}: there are {', '.join(have) or 'none'}; {train}"
-        )
-    kernels = Kernels.load(path)
-    made_for, revision = kernels.header.get("revision"), _revision(ASSETS / model)
-    if model in carried_models() and made_for != revision:
-        raise ValueError(
-            f"{path.name} was trained for revision {made_for} of {model!r}, the package carries {revision}: train again"
-        )
-    return kernels
+
+    def hook(bar: Callable[..., Any], args: tuple, options: dict[str, Any]) -> Any:
+        if users_hook:
+            return users_hook(bar, args, options)
+        return bar(*args, **options | {"disable": True})
+
+    users_hook = logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(users_hook)
+
+
+def _check_weights(name: str, model: PreTrainedModel, missing: set[str]) -> None:
+    """Raises ValueError for weights that are missing, NaN or infinite.
+
+    transformers would draw the missing ones at random and only log it.
+    """
+    faults = [f"the weights lack {weights}" for weights in sorted(missing)]
+    for weights, values in model.named_parameters():
+        if not values.isfinite().all():
+            faults.append(f"{weights} holds NaN or infinite weights")
+    if faults:
+        raise ValueError(f"model {name!r}: {faults[0]}; copy, fetch or train it again")
+
+
+def _identity(name: str, folder: Path | None, model: PreTrainedModel) -> dict[str, str]:
+    """Name and revision of a model; one that was given as a folder is called by its last part."""
+    if folder is None:
+        commit = getattr(model.config, "_commit_hash", None)
+        return {"model": name, "revision": str(commit)}
+    is_path = folder == Path(name)
+    return {
+        "model": folder.absolute().name if is_path else name,
+        "revision": revision_of(folder),
+    }

@@ -1,4 +1,6 @@
-"""What a fused kernel must know of a policy; a policy that has no such rule runs in its torch form."""
+"""What a fused kernel must know of a policy; a policy that has no such rule runs in its torch
+form.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ from typing import Literal, NamedTuple
 
 
 class EvictionRule(NamedTuple):
-    """Of the slots that may leave, the one with the lowest rank does; the lowest position breaks ties.
+    """Of the slots that may leave, the one with the lowest rank does; the lowest position breaks
+    ties.
 
     "h2o": the rank is the probability that a slot was given so far, summed over the query heads of
     its key-value head. "lambda": the rank is the position.

@@ -1,4 +1,6 @@
-"""The tensors of one layer's bounded cache, in one place, so that every form of a decode step takes the same thing."""
+"""The tensors of one layer's bounded cache, in one place, so that every form of a decode step
+takes the same thing.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch import Tensor
 
 @dataclass
 class Slots:
-    """N = C + 1 slots per key-value head: C of the budget, and the free one that the next token takes.
+    """N = C + 1 slots per key-value head: C of the budget, and the free one that the next token
+    takes.
 
     All tensors change in place, so that compiled steps and CUDA graphs find them where they were.
     """

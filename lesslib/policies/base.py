@@ -1,52 +1,64 @@
-"""Who leaves the cache: Full, H2O, Lambda, TOVA, and the eviction times they give a whole sequence.
-
-A policy `observe`s the newest query's probabilities, then names the `victim`; `simulate` runs that step along a sequence:
-keep(t, j) = j <= t < evicted_at[j]. The newest token is attended on top of the budget C, and then the cache is brought back to C.
-Shapes: B batch, Hkv key-value heads, G query heads per key-value head, S tokens, N slots, D head size.
+"""What every policy is: numbers of slots, a score that each query changes, and an order in which
+slots leave.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
-from lesslib.ops.blocks import BLOCK, NEVER, block_keys, block_logits, dense_logsumexp
-from lesslib.util.hardware import one_thread
+from lesslib.ops.blocks import NEVER
+from lesslib.ops.rules import EvictionRule
+from lesslib.policies.simulation import simulate_steps
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Base of all policies: the fields named in `counts` are numbers of slots, in tokens, and add up to the budget C."""
+    """Base of all policies: who leaves a cache of C slots once a newer token has come.
 
+    A policy `observe`s the probabilities of the newest query, which change the score of every
+    slot, and gives each slot a `priority`; the slot with the lowest one leaves. The newest token
+    is attended on top of the budget C, then the cache is brought back to C.
+
+    A new policy is a frozen dataclass under `@register_policy` that names its fields of slots in
+    `counts` and overrides `observe` and `priority`. The other methods are for special cases.
+    Shapes: B batch, Hkv key-value heads, G query heads per key-value head, N slots.
+    """
+
+    # How it is called in kernel files, on command lines and in results.
     name: ClassVar[str]
+    # The fields that are numbers of slots, in tokens; they add up to the budget.
     counts: ClassVar[tuple[str, ...]] = ()
+    # False where scores do not come from attention, which spares computing it.
     needs_probabilities: ClassVar[bool] = True
-    sums_queries: ClassVar[bool] = (
-        False  # scores add up, so that queries may be observed by the sum of their rows; else by the last row
-    )
+    # True where scores add up, so that a prompt's queries may be observed by the sum of their rows;
+    # else the last row alone counts.
+    sums_queries: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for what in self.counts:
-            n = getattr(self, what)
-            if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-                raise ValueError(f"{self}: {what} must be a whole number of tokens, at least 0")
+        for field in self.counts:
+            count = getattr(self, field)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"{self}: {field} must be a whole number of tokens, at least 0")
         if self.budget is not None and self.budget < 2:
             raise ValueError(
                 f"{self} has a budget of {self.budget} tokens: a policy needs at least 2"
             )
 
+    # ------------------------------------------------------------------ budgets
     @property
     def budget(self) -> int | None:
         """Slots C, in tokens; None keeps everything."""
-        return sum(getattr(self, what) for what in self.counts) if self.counts else None
+        if not self.counts:
+            return None
+        return sum(getattr(self, field) for field in self.counts)
 
     @classmethod
     def shares(cls, slots: int) -> dict[str, int]:
-        """The paper's split of `slots` over the counts."""
+        """The paper's split of `slots` over the fields of `counts`."""
         if not cls.counts:
             raise ValueError(
                 "Full() keeps every token and has no budget: write Full(), or choose another policy"
@@ -60,225 +72,107 @@ class Policy:
 
     @classmethod
     def from_fraction(cls, fraction: float, max_context: int) -> Self:
-        """The policy whose budget is `fraction` of `max_context` tokens, rounded down to an even number (paper, Table 1)."""
+        """The policy whose budget is `fraction` of `max_context` tokens, rounded down to an even
+        number.
+
+        Paper, Table 1. Raises ValueError as `budget_of` does.
+        """
         return cls.from_budget(budget_of(fraction, max_context))
 
     def plus(self, tokens: int) -> Self:
-        """The same policy with `tokens` more slots: Baseline+ spends the low-rank state's memory, R/2 tokens, this way."""
-        return replace(
-            self, **{what: getattr(self, what) + n for what, n in self.shares(tokens).items()}
-        )
+        """The same policy with `tokens` more slots.
+
+        Baseline+ spends the low-rank state's memory, R/2 tokens, this way.
+        """
+        more = {}
+        for field, share in self.shares(tokens).items():
+            more[field] = getattr(self, field) + share
+        return replace(self, **more)
 
     def check(self, max_context: int) -> None:
         """Raises ValueError when the budget does not fit a model with `max_context` positions."""
         if self.budget is not None and self.budget > max_context:
             raise ValueError(
-                f"{self}: {self.budget} tokens is above the model's context of {max_context}; use fewer, or Full()"
+                f"{self}: {self.budget} tokens is above the model's context of {max_context};"
+                " use fewer, or Full()"
             )
 
+    # ------------------------------------------------------------------ one step
     def observe(self, score: Tensor, probabilities: Tensor) -> Tensor:
-        """New scores [B, Hkv, N] after a query that gave `probabilities` [B, Hkv, G, N] to the slots."""
+        """New scores [B, Hkv, N] after a query that gave `probabilities` [B, Hkv, G, N] to the
+        slots.
+        """
         return score
 
     def priority(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
         """What keeps a slot, [B, Hkv, N]: the lowest leaves; inf is protected.
 
-        `position` [B, Hkv, N] counts from the row's first real token (-1: an empty slot), `now` [B, 1, 1] is the newest one.
+        `position` [B, Hkv, N] counts from the row's first real token (-1: an empty slot), `now`
+        [B, 1, 1] is the newest one.
         """
         return score
 
     def victim(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
-        """Index [B, Hkv] of the slot that leaves next, the first among equals; never an empty one while another may go."""
-        return self.priority(score, position, now).masked_fill(position < 0, math.inf).argmin(-1)
+        """Index [B, Hkv] of the slot that leaves next, the first among equals.
+
+        Never an empty one while another may go.
+        """
+        priority = self.priority(score, position, now)
+        return priority.masked_fill(position < 0, math.inf).argmin(-1)
 
     def first_out(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
-        """Index [B, Hkv, 1] of an empty slot, or else of `victim` among slots in no order: the lowest position breaks ties."""
+        """Index [B, Hkv, 1] of an empty slot, or else of the `victim` among slots in no order.
+
+        The lowest position breaks ties.
+        """
         rank = self.priority(score, position, now).masked_fill(position < 0, -math.inf)
-        return position.masked_fill(rank > rank.amin(-1, keepdim=True), NEVER).argmin(
-            -1, keepdim=True
-        )
+        is_higher = rank > rank.amin(-1, keepdim=True)
+        return position.masked_fill(is_higher, NEVER).argmin(-1, keepdim=True)
 
     def out_order(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
-        """Indices [B, Hkv, N] in the order in which slots would go at once: empty ones first, among equals the lowest position."""
-        by_position = position.argsort(dim=-1, stable=True)
+        """Indices [B, Hkv, N] in the order in which slots would go at once.
+
+        Empty ones come first; among equals the lowest position does.
+        """
         rank = self.priority(score, position, now).masked_fill(position < 0, -math.inf)
-        return by_position.gather(2, rank.gather(2, by_position).argsort(dim=-1, stable=True))
+        by_position = position.argsort(dim=-1, stable=True)
+        by_rank = rank.gather(2, by_position).argsort(dim=-1, stable=True)
+        return by_position.gather(2, by_rank)
+
+    # ------------------------------------------------------------------ special cases
+    @property
+    def needs_full_rows(self) -> bool:
+        """True where scores need rows of dense attention, which a bounded cache no longer has."""
+        return False
+
+    def rule(self) -> EvictionRule | None:
+        """The rule by which fused kernels decide as this policy does; None: no kernel knows it."""
+        return None
+
+    def eviction_times(self, q: Tensor, k: Tensor, is_real: Tensor, scaling: float) -> Tensor:
+        """When each token leaves, [B, Hkv, S] int32, `NEVER` for those that stay: see `simulate`.
+
+        By default the online step is run along the sequence; a policy that knows its times
+        beforehand overrides this.
+        """
+        return simulate_steps(self, q, k, is_real, scaling)
 
 
 def budget_of(fraction: float, max_context: int) -> int:
-    """`fraction` of `max_context`, rounded down to an even number of tokens. Raises ValueError outside (0, 1] or below 2 tokens."""
+    """`fraction` of `max_context`, rounded down to an even number of tokens.
+
+    Raises ValueError outside (0, 1] or below 2 tokens.
+    """
     if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise ValueError(
-            f"fraction {fraction!r} must lie in (0, 1]: 0.05 means 5% of the model's maximum context"
+            f"fraction {fraction!r} must lie in (0, 1]: 0.05 means 5% of the model's maximum"
+            " context"
         )
-    if (tokens := fraction * max_context) + 1e-9 < 2:
+    # 0.29 * 100 is 28.999999999999996 in floats
+    tokens = fraction * max_context + 1e-9
+    if tokens < 2:
         raise ValueError(
-            f"fraction {fraction!r} of a context of {max_context} is {tokens:.1f} tokens, below 2: use a larger fraction"
+            f"fraction {fraction!r} of a context of {max_context} is {fraction * max_context:.1f}"
+            " tokens, below 2: use a larger fraction"
         )
-    return int(tokens + 1e-9) // 2 * 2
-
-
-@dataclass(frozen=True)
-class Full(Policy):
-    """Keeps every token: dense attention."""
-
-    name: ClassVar[str] = "full"
-
-
-@dataclass(frozen=True)
-class H2O(Policy):
-    """Heavy-hitter oracle (Zhang et al., 2023): the `recent` newest tokens and the `heavy` ones with most probability so far.
-
-    A key-value head's score sums over its query heads. `scores="cache"` normalises over what the cache holds, which is
-    all a real cache sees; `"full"` uses rows of dense attention, as the paper's scoring runs did.
-    """
-
-    heavy: int
-    recent: int
-    scores: Literal["cache", "full"] = "cache"
-    name: ClassVar[str] = "h2o"
-    counts: ClassVar[tuple[str, ...]] = ("heavy", "recent")
-    sums_queries: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.scores not in ("cache", "full"):
-            raise ValueError(f"{self}: scores must be 'cache' or 'full'")
-
-    @property
-    def budget(self) -> int:
-        return self.heavy + self.recent
-
-    @classmethod
-    def shares(cls, slots: int) -> dict[str, int]:
-        return {"heavy": slots // 2, "recent": slots - slots // 2}
-
-    def observe(self, score: Tensor, probabilities: Tensor) -> Tensor:
-        return score + probabilities.sum(2)
-
-    def priority(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
-        return score.masked_fill(position > now - self.recent, math.inf)
-
-
-@dataclass(frozen=True)
-class Lambda(Policy):
-    """Lambda-shaped mask (Han et al., 2023; Xiao et al., 2023): the first `sinks` tokens and the `recent` newest, at their positions."""
-
-    recent: int
-    sinks: int = 4
-    name: ClassVar[str] = "lambda"
-    counts: ClassVar[tuple[str, ...]] = ("recent", "sinks")
-    needs_probabilities: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if isinstance(self.recent, int) and isinstance(self.sinks, int) and self.recent < 1:
-            raise ValueError(
-                f"{self}: the budget must be larger than the sinks, at least {self.sinks + 1} tokens"
-            )
-        super().__post_init__()
-
-    @classmethod
-    def from_budget(cls, budget: int) -> Self:
-        return cls(recent=budget - cls.sinks)
-
-    def priority(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
-        protected = (position < self.sinks) | (position > now - self.recent)
-        return position.to(score.dtype).masked_fill(protected, math.inf).expand_as(score)
-
-
-@dataclass(frozen=True)
-class TOVA(Policy):
-    """Token omission via attention (Oren et al., 2024): the token with least weight in the newest query's row leaves.
-
-    The row is averaged over all heads, so every head of a layer keeps the same tokens.
-    """
-
-    tokens: int
-    name: ClassVar[str] = "tova"
-    counts: ClassVar[tuple[str, ...]] = ("tokens",)
-
-    def observe(self, score: Tensor, probabilities: Tensor) -> Tensor:
-        return probabilities.mean((1, 2))[:, None].expand_as(score)
-
-
-POLICIES: dict[str, type[Policy]] = {p.name: p for p in (Full, H2O, Lambda, TOVA)}
-
-
-def get_policy(name: str) -> type[Policy]:
-    """The policy class called `name`. Raises ValueError for an unknown one."""
-    if str(name).lower() not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}: choose from {', '.join(POLICIES)}")
-    return POLICIES[name.lower()]
-
-
-@torch.no_grad()
-@one_thread()
-def simulate(
-    policy: Policy, q: Tensor, k: Tensor, real: Tensor | None = None, scaling: float | None = None
-) -> Tensor:
-    """Eviction times [B, Hkv, S] (int32, `NEVER` for tokens that stay) of `policy` along whole sequences.
-
-    q [B, Hq, S, D], k [B, Hkv, S, D] after RoPE; `real` [B, S] is False for padding, which is never scored and never holds a
-    slot; `scaling` multiplies the logits (1/sqrt D). Works in blocks of queries that see at most C + BLOCK keys (all keys for
-    `scores="full"`), so nothing of size S x S is stored.
-    """
-    (B, Hkv, S, D), budget, device = k.shape, policy.budget, k.device
-    times = torch.full((B, Hkv, S), NEVER, dtype=torch.int32, device=device)
-    if budget is None or budget >= S:
-        return times
-    scaling = D**-0.5 if scaling is None else scaling
-    real = torch.ones(B, S, dtype=torch.bool, device=device) if real is None else real
-    padded, dense_rows = not bool(real.all()), isinstance(policy, H2O) and policy.scores == "full"
-    position = (real.int().cumsum(-1, dtype=torch.int32) - 1).masked_fill(
-        ~real, -1
-    )  # counted from the first real token
-    mark = -torch.arange(
-        1, S + 1, dtype=torch.int32, device=device
-    )  # -(t + 1), of the one that leaves after query t
-    leaves = mark.where(position >= budget, NEVER)  # [B, S]; NEVER: none does
-    if isinstance(
-        policy, Lambda
-    ):  # known beforehand: a token leaves when one arrives `recent` positions after it
-        by_position = torch.full(
-            (B, S + policy.recent + 1), NEVER, dtype=torch.int32, device=device
-        )
-        by_position.scatter_(
-            1, position.masked_fill(~real, S + policy.recent).long(), (-mark).expand(B, S)
-        )
-        after = by_position.gather(1, (position + policy.recent).clamp(min=0).long())
-        return (
-            after.masked_fill(position < policy.sinks, NEVER)[:, None].expand_as(times).contiguous()
-        )
-    token_score = torch.zeros(
-        B, Hkv, S + 1, dtype=torch.promote_types(q.dtype, torch.float32), device=device
-    )
-    for start in range(0, S, BLOCK):
-        stop, kept = min(start + BLOCK, S), min(budget, start)
-        index, alive = block_keys(
-            times, start, stop, budget, real
-        )  # [B, Hkv, N]: the kept tokens, then the block's own
-        score = token_score.gather(2, index)
-        slots = (
-            position[:, None].take_along_dim(index, 2).masked_fill(~alive, -1)
-        )  # position held; -1: none, -t: left before query t
-        slots[..., kept:] = -1  # the block's tokens arrive one at a time
-        logits = block_logits(q[:, :, start:stop], k, index, scaling)
-        normaliser = dense_logsumexp(q, k, start, stop, real, scaling) if dense_rows else None
-        for i, t in enumerate(range(start, stop)):
-            now = position[:, None, None, t]
-            slots[..., kept + i] = now[..., 0]
-            row = logits[..., i, :].masked_fill((slots < 0)[:, :, None], -math.inf)
-            probabilities = (
-                row.softmax(-1) if normaliser is None else (row - normaliser[..., i, None]).exp()
-            )
-            if padded:
-                probabilities = probabilities.masked_fill(~real[:, t, None, None, None], 0.0)
-            score = policy.observe(score, probabilities)
-            if t >= budget:
-                victim = policy.victim(score, slots, now)[..., None]
-                slots.scatter_reduce_(2, victim, leaves[:, None, t, None].expand(B, Hkv, 1), "amin")
-        times.scatter_reduce_(2, index, (-slots).where(slots < -1, NEVER), "amin")
-        token_score.scatter_(
-            2, index.masked_fill(~alive, S), score
-        )  # invalid entries may repeat a token: they go to a spare column
-    return times
+    return int(tokens) // 2 * 2

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from lesslib.evaluation.perplexity import POSITION_BIN, gap_closed
+from lesslib.evaluation import gap_closed
+from lesslib.evaluation.perplexity import POSITION_BIN
 from lesslib.profiles import results_dir
 from lesslib.util.files import write_bytes
 

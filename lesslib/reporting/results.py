@@ -10,24 +10,26 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
+
 from lesslib import __version__
 from lesslib.profiles import results_dir
-from lesslib.util.files import _read
-from lesslib.util.hardware import physical_memory
+from lesslib.util.files import read_json
 from lesslib.util.paths import ROOT
 
 
 def read_ledger(path: Path) -> list[str]:
     """The points that this machine computed, [] where there is no file. Raises ValueError for a damaged one."""
     return (
-        _read(path, lambda x: isinstance(x, list), "delete it to compute every point again") or []
+        read_json(path, lambda x: isinstance(x, list), "delete it to compute every point again")
+        or []
     )
 
 
 def load(name: str, profile: str) -> dict | None:
     """The recorded file of experiment `name`, {"manifest": ..., "points": {key: entry}}, or None where there is none."""
     fix = "restore it with git checkout, or delete it to compute it again"
-    return _read(
+    return read_json(
         results_dir(profile) / f"{name}.json",
         lambda x: isinstance(x, dict) and isinstance(x.get("points"), dict),
         fix,
@@ -73,7 +75,7 @@ def manifest(profile: str, seed: int, data: list[dict], seconds: float) -> dict:
         "hardware": {
             "cpu": cpu[1] if cpu else platform.machine(),
             "gpu": gpu,
-            "memory_gib": round(physical_memory() / 2**30),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },

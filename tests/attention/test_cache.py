@@ -1,4 +1,6 @@
-"""The bounded decode cache against the naive loop, the whole-sequence form and dense attention; float64 but where said."""
+"""The bounded decode cache against the naive loop, the whole-sequence form and dense attention;
+float64 but where said.
+"""
 
 import copy
 import itertools
@@ -25,13 +27,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AttentionInterface
 
 from lesslib import H2O, TOVA, Full, Lambda, LessCache, less
-from lesslib.attention.cache import LessLayer
 from lesslib.attention.fit import cache_bytes, model_shape
+from lesslib.attention.layer import LessLayer
 from lesslib.attention.whole_sequence import evict, recover
 from lesslib.hf import fill, replace_attention
 from lesslib.models import load_kernels, load_model
 from lesslib.ops.naive import naive_attention
-from lesslib.states import Kernels
+from lesslib.states import Kernels, LowRank, Nothing
 from lesslib.util.paths import ROOT
 
 S = 33
@@ -44,19 +46,21 @@ POLICIES = [
 ]
 
 
-class Given:
+class Given(LowRank):
     """Kernels whose features of a token are those of `sequences`, found by its query or key."""
 
     def __init__(self, s):
+        super().__init__(s.q.shape[1], s.k.shape[1], s.q.shape[-1], s.phi.shape[-1])
         self.s = s
 
     def _look_up(self, x, tokens, features):
-        # x [1, H, B, D] or [n, H, B, D]; every token is told by its vector
-        x = x.transpose(0, 2)  # [B, H, n, D]
-        index = (x[:, :, :, None] == tokens[:, :, None]).all(-1).int().argmax(-1)
-        return features.gather(
-            2, index[..., None].expand(*index.shape, features.shape[-1])
-        ).transpose(0, 2)
+        # x [B, H, n, D], or [1, H, B * n, D] as `over_batch` gives it; every token is told by its
+        # vector
+        B = len(tokens)
+        rows = x.transpose(0, 1).flatten(1, 2).unflatten(1, (B, -1)).transpose(0, 1)  # [B, H, n, D]
+        index = (rows[:, :, :, None] == tokens[:, :, None]).all(-1).int().argmax(-1)
+        found = features.gather(2, index[..., None].expand(*index.shape, features.shape[-1]))
+        return found if len(x) == B else found.transpose(0, 1).flatten(1, 2)[None]
 
     def phi(self, q):
         return self._look_up(q, self.s.q, self.s.phi)
@@ -66,9 +70,7 @@ class Given:
 
 
 def layer_for(policy, s=None, chunk=None):
-    return LessLayer(
-        policy, None if s is None else Given(s), 0 if s is None else s.phi.shape[-1], chunk
-    )
+    return LessLayer(policy, Nothing() if s is None else Given(s), chunk)
 
 
 def feed(layer, s, sizes):
@@ -93,11 +95,13 @@ def feed(layer, s, sizes):
 
 
 def positions_evicted(layer, times, real):
-    """The tokens that are evicted at the end by `times`, as `LessCache.evicted` counts: [B, Hkv, T] from the first real token."""
+    """The tokens that are evicted at the end by `times`, as `LessCache.evicted` counts: [B, Hkv,
+    T] from the first real token.
+    """
     B, Hkv, S = times.shape
     T, result = (
-        int(layer.count.max()),
-        torch.zeros(B, Hkv, int(layer.count.max()), dtype=torch.bool),
+        int(layer.slots.count.max()),
+        torch.zeros(B, Hkv, int(layer.slots.count.max()), dtype=torch.bool),
     )
     for b in range(B):
         first = 0 if real is None else int((~real[b]).sum())
@@ -138,17 +142,19 @@ def test_the_state_is_the_sum_over_the_evicted_set(policy, sequences):
         cache = LessCache.__new__(LessCache)
         cache.layers = [layer]
         gone = cache.evicted(0)
-        assert int(gone.sum()) == int((layer.count - policy.budget).clamp(min=0).sum()) * 2
+        assert int(gone.sum()) == int((layer.slots.count - policy.budget).clamp(min=0).sum()) * 2
         for b, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
             first = 0 if pads is None else pads[b]
             mine = gone[b, h, : 40 - first].nonzero()[:, 0] + first
-            close(layer.H[b, h], s.psi[b, h, mine].T @ s.v[b, h, mine])
-            close(layer.z[b, h], s.psi[b, h, mine].sum(0))
+            close(layer.memory["H"][b, h], s.psi[b, h, mine].T @ s.v[b, h, mine])
+            close(layer.memory["z"][b, h], s.psi[b, h, mine].sum(0))
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_a_prompt_attends_densely_and_is_evicted_once(policy, sequences):
-    """The paper's prefill: dense rows, their column sums (H2O) or last row (TOVA), then the budget's worth of tokens stay."""
+    """The paper's prefill: dense rows, their column sums (H2O) or last row (TOVA), then the
+    budget's worth of tokens stay.
+    """
     for pads in (None, [0, 9]):
         s = sequences(S=150, pads=pads)
         layer = layer_for(policy, s)
@@ -174,20 +180,22 @@ def test_a_prompt_attends_densely_and_is_evicted_once(policy, sequences):
                     kept = {*range(policy.sinks), *range(150 - first - policy.recent, 150 - first)}
                 else:
                     kept = {int(j) for j in rows[:, -1].mean(0).topk(policy.tokens).indices}
-                slots = layer.position[b, h]
+                slots = layer.slots.position[b, h]
                 assert {int(p) for p in slots if p >= 0} == kept
                 for i, p in enumerate(slots):
                     if p >= 0:
                         close(layer.keys[b, h, i], k[h, p])
                         close(layer.values[b, h, i], s.v[b, h, first + p])
                         if isinstance(policy, H2O):
-                            close(layer.score[b, h, i], score[h, p])
+                            close(layer.slots.score[b, h, i], score[h, p])
                 assert len(token) > policy.budget
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_a_later_turn_attends_slots_state_and_itself_and_is_evicted_once(policy, sequences):
-    """Several tokens, more than a block of queries, on a cache that is not empty, against a plain loop over queries."""
+    """Several tokens, more than a block of queries, on a cache that is not empty, against a plain
+    loop over queries.
+    """
     first, turn = 18, 100
     s = sequences(S=first + turn, pads=[0, 4])
     layer = layer_for(policy, s)
@@ -198,7 +206,7 @@ def test_a_later_turn_attends_slots_state_and_itself_and_is_evicted_once(policy,
         ),
         [first],
     )
-    held = [t.clone() for t in layer.buffers()]
+    held = [t.clone() for t in layer.tensors().values()]
     later = SimpleNamespace(
         q=s.q[:, :, first:], k=s.k[:, :, first:], v=s.v[:, :, first:], real=s.real[:, first:]
     )
@@ -241,7 +249,7 @@ def test_a_later_turn_attends_slots_state_and_itself_and_is_evicted_once(policy,
             kept = {places[i]: float(total[i]) for i in best[-policy.budget :]}
             mine = {
                 int(p): float(x)
-                for p, x in zip(layer.position[b, g], layer.score[b, g], strict=True)
+                for p, x in zip(layer.slots.position[b, g], layer.slots.score[b, g], strict=True)
                 if p >= 0
             }
             assert set(mine) == set(kept)
@@ -254,9 +262,11 @@ def test_streaming_one_token_at_a_time_is_decoding(policy, sequences):
     s = sequences(S=40, pads=[0, 7])
     by_steps, streamed = layer_for(policy, s), layer_for(policy, s, chunk=1)
     close(feed(streamed, s, [40]), feed(by_steps, s, [1] * 40))
-    close(streamed.H, by_steps.H)
-    close(streamed.z, by_steps.z)
-    assert torch.equal(streamed.position.sort(-1).values, by_steps.position.sort(-1).values)
+    close(streamed.memory["H"], by_steps.memory["H"])
+    close(streamed.memory["z"], by_steps.memory["z"])
+    assert torch.equal(
+        streamed.slots.position.sort(-1).values, by_steps.slots.position.sort(-1).values
+    )
 
 
 @given(
@@ -276,7 +286,7 @@ def test_whatever_the_pieces_the_cache_holds_its_budget_and_every_token_once(
         for heads in (2, 1, 1)
     )
     for policy in (H2O.from_budget(budget), TOVA(budget), Lambda(recent=budget - 1, sinks=1)):
-        layer = LessLayer(policy, None, 0, chunk)
+        layer = LessLayer(policy, Nothing(), chunk)
         start = 0
         for size in sizes:
             piece = slice(start, start + size)
@@ -289,10 +299,10 @@ def test_whatever_the_pieces_the_cache_holds_its_budget_and_every_token_once(
             )
             start += size
             for b in range(2):
-                held = sorted(int(p) for p in layer.position[b, 0] if p >= 0)
+                held = sorted(int(p) for p in layer.slots.position[b, 0] if p >= 0)
                 assert len(held) == len(set(held)) == min(budget, start)
                 assert held[-1] == start - 1 or isinstance(policy, TOVA)
-                for slot, p in enumerate(layer.position[b, 0]):
+                for slot, p in enumerate(layer.slots.position[b, 0]):
                     if p >= 0:
                         assert torch.equal(layer.keys[b, 0, slot], k[b, 0, p]), (
                             "a slot holds the token that its position says"
@@ -405,7 +415,9 @@ def test_a_left_padded_row_equals_the_row_alone(name, models, ids):
 
 
 def greedy(model, policy, kernels, ids, new):
-    """Greedy decoding by the naive loop over the whole sequence, from a prompt of one token (so that no prefill differs)."""
+    """Greedy decoding by the naive loop over the whole sequence, from a prompt of one token (so
+    that no prefill differs).
+    """
 
     def attention(layer, q, k, v, real, scaling):
         features = (
@@ -446,8 +458,8 @@ def test_pico_falcon_with_its_kernels_generates_what_a_naive_greedy_loop_does():
         H2O.from_fraction(0.05, 1024),
     )
     ids = tokenizer(
-        "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness. "
-        * 2,
+        "It was the best of times, it was the worst of times, it was the age of wisdom, "
+        "it was the age of foolishness. " * 2,
         return_tensors="pt",
     ).input_ids
     assert ids.shape[1] > policy.budget
@@ -455,7 +467,7 @@ def test_pico_falcon_with_its_kernels_generates_what_a_naive_greedy_loop_does():
         model, policy, kernels, prefill="streaming", chunk=1
     )  # the prompt too, as the naive loop reads it
     assert torch.equal(generate(model, ids, by_steps, 20), greedy(model, policy, kernels, ids, 20))
-    assert by_steps.layers[0].H.abs().sum() > 0
+    assert by_steps.layers[0].memory["H"].abs().sum() > 0
 
 
 def test_a_second_call_after_reset_equals_the_first_also_with_another_batch(llama, ids):
@@ -484,7 +496,7 @@ def test_a_cache_that_is_filled_is_one_that_read_the_prompt(name, policy, models
         fill(filled, reader)
         run(model, own, ids, [20], attention_mask=mask)
         for mine, its in zip(filled.less_layers(), own.less_layers(), strict=True):
-            for a, b in zip(mine.buffers(), its.buffers(), strict=True):
+            for a, b in zip(mine.tensors().values(), its.tensors().values(), strict=True):
                 close(a, b)
             assert int(mine.seen) == int(its.seen) == 20
         given = {"attention_mask": mask, "position_ids": positions(mask)[:, 20:]}
@@ -522,7 +534,9 @@ def test_a_cache_is_filled_only_where_that_is_the_same_as_reading(llama, models,
 
 
 def test_a_chat_turn_goes_on_where_the_last_ended(llama, ids):
-    """generate, then generate again with the grown history, equals the same calls of the model by hand."""
+    """generate, then generate again with the grown history, equals the same calls of the model by
+    hand.
+    """
     kernels, policy = kernels_of(llama), POLICIES[0]
     cache, by_hand = (LessCache(llama, policy, kernels) for _ in range(2))
     history = torch.cat([generate(llama, ids[:, :10], cache, 5), ids[:, 10:20]], 1)
@@ -581,7 +595,7 @@ def test_rows_can_be_chosen_repeated_and_copied(llama, ids):
     twin = copy.deepcopy(cache)
     close(go_on(cache, [0, 1]), expected)
     close(go_on(twin, [0, 1]), expected)
-    assert twin.layers[0].kernels is cache.layers[0].kernels
+    assert twin.layers[0].state is cache.layers[0].state
     for change in (
         lambda c: c.batch_repeat_interleave(2),
         lambda c: c.batch_select_indices(torch.tensor([1])),
@@ -641,7 +655,12 @@ def test_half_precision_keeps_scores_and_state_wide(dtype, models, ids):
     out = run(cast, cache, ids, [12] + [1] * (S - 12))
     layer = cache.layers[0]
     assert out.dtype == layer.keys.dtype == layer.values.dtype == dtype
-    assert layer.H.dtype == layer.z.dtype == layer.score.dtype == torch.float32
+    assert (
+        layer.memory["H"].dtype
+        == layer.memory["z"].dtype
+        == layer.slots.score.dtype
+        == torch.float32
+    )
     allowed = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.4}[dtype]
     assert (out.double() - wide).abs().median() < allowed * wide.abs().median()
 
@@ -655,7 +674,7 @@ def test_kernels_of_half_precision_serve_a_wider_model(dtype, models, ids):
     )
     cache = LessCache(model, POLICIES[0], kernels_of(model).to(dtype))
     out = run(model, cache, ids, sizes)
-    assert out.dtype == cache.layers[0].H.dtype == wide.dtype
+    assert out.dtype == cache.layers[0].memory["H"].dtype == wide.dtype
     allowed = {torch.float16: 0.01, torch.bfloat16: 0.05}[dtype]  # of what the state adds
     assert (out - wide)[:, 12:].abs().mean() < allowed * (wide - none)[:, 12:].abs().mean()
 
@@ -696,11 +715,9 @@ def test_bytes_equal_the_formula_and_do_not_grow(name, models, ids):
     [
         ("llama-grouped", "aot_eager", 1e-8),
         ("falcon-7b", "aot_eager", 1e-8),
-        (
-            "llama-grouped",
-            "inductor",
-            1e-4,
-        ),  # Llama's norms are in float32, where inductor rounds otherwise: the stock model moves by 1e-5 too
+        # Llama's norms are in float32, where inductor rounds otherwise: the stock model moves by
+        # 1e-5 too.
+        ("llama-grouped", "inductor", 1e-4),
     ],
 )
 def test_one_compiled_frame_over_many_decode_steps(name, backend, atol, models, ids):
@@ -845,7 +862,8 @@ def test_kernels_that_could_be_trained_leave_no_graph_behind(ids):
         for t in range(12):
             model(ids[:, t : t + 1], past_key_values=cache)
     assert all(
-        layer.H.abs().sum() > 0 and not layer.H.requires_grad for layer in cache.less_layers()
+        layer.memory["H"].abs().sum() > 0 and not layer.memory["H"].requires_grad
+        for layer in cache.less_layers()
     )
 
 
@@ -934,7 +952,8 @@ def test_padding_on_the_right_gradients_and_a_changed_batch_are_refused(llama, i
         llama(ids, past_key_values=cache)
         with refused(
             ValueError,
-            r"holds 2 rows of torch.float64 on cpu and was given 1 rows.*call reset\(\), or make a new cache",
+            r"holds 2 rows of torch.float64 on cpu and was given 1 rows.*call reset\(\), or make a new"
+            r" cache",
         ):
             llama(ids[:1, :1], past_key_values=cache)
     with less(llama), refused(RuntimeError, r"LessCache is for inference.*torch.no_grad\(\)"):

@@ -1,4 +1,6 @@
-"""LESS over a whole sequence: the fast form against the naive loop, dense attention, and exact sums. All in float64 but where said."""
+"""LESS over a whole sequence: the fast form against the naive loop, dense attention, and exact
+sums. All in float64 but where said.
+"""
 
 import math
 
@@ -16,9 +18,10 @@ from lesslib.attention.whole_sequence import (
     recover,
 )
 from lesslib.ops.blocks import NEVER
+from lesslib.ops.merge import Part, merge, part_of_sums
 from lesslib.ops.naive import naive_attention
-from lesslib.ops.scan import arrivals, lowrank_attention, merge, sparse_attention
-from lesslib.states import LayerKernels
+from lesslib.ops.scan import arrivals, lowrank_attention, sparse_attention
+from lesslib.states import LayerKernels, LowRank
 
 SPARSE = [
     H2O(heavy=3, recent=8),
@@ -30,10 +33,16 @@ SPARSE = [
 ]
 
 
-class Zero:
+class Zero(LowRank):
     """Kernels whose features are 0."""
 
-    phi = psi = staticmethod(lambda x: x.new_zeros(*x.shape[:-1], 3))
+    def __init__(self):
+        super().__init__(heads=4, kv_heads=2, head_dim=5, kernel_size=3)
+
+    def phi(self, q):
+        return q.new_zeros(*q.shape[:-1], 3)
+
+    psi = phi
 
 
 # ---------------------------------------------------------------- the readable spec
@@ -102,14 +111,16 @@ def test_kernels_at_zero_are_eviction_alone(policy, sequences):
     for phi, psi in ((s.phi * 0, s.psi), (s.phi, s.psi * 0)):
         assert torch.equal(recover(evicted, phi, psi, s.v), evicted.sparse)
     assert torch.equal(
-        less_attention(s.q, s.k, s.v, policy, Zero, s.real),
+        less_attention(s.q, s.k, s.v, policy, Zero(), s.real),
         less_attention(s.q, s.k, s.v, policy, None, s.real),
     )
 
 
 @pytest.mark.parametrize("policy", SPARSE, ids=str)
 def test_perfect_features_recover_dense_attention(policy, sequences):
-    """One-hot keys with phi(q_t)_j = exp(logit of t, j): then phi psi^T is the softmax kernel, and nothing is lost by eviction."""
+    """One-hot keys with phi(q_t)_j = exp(logit of t, j): then phi psi^T is the softmax kernel,
+    and nothing is lost by eviction.
+    """
     s = sequences(B=1, Hq=4, Hkv=2, S=40)
     phi = (s.q @ s.k.repeat_interleave(2, 1).transpose(-1, -2) / 5**0.5).exp()
     psi = torch.eye(40, dtype=torch.float64).expand(1, 2, 40, 40)
@@ -159,32 +170,41 @@ def test_arrivals_invert_eviction_times_and_retained_counts_the_kept(policy, seq
 
 
 # ---------------------------------------------------------------- scale
+def merged(sparse, logsumexp, numerator, denominator):
+    return merge(Part(sparse, logsumexp), part_of_sums(numerator, denominator))
+
+
 def test_merge_survives_logits_of_any_size(sequences):
     s = sequences()
     sparse, numerator, denominator = s.q[..., :4], s.q[..., 1:], s.phi[..., 0] + 0.1
     for lse, expected in ((1000.0, sparse), (-1000.0, numerator / denominator[..., None])):
-        close(merge(sparse, torch.full_like(denominator, lse), numerator, denominator), expected)
+        close(merged(sparse, torch.full_like(denominator, lse), numerator, denominator), expected)
     assert torch.equal(
-        merge(sparse, torch.full_like(denominator, -1000.0), numerator * 0, denominator * 0), sparse
+        merged(sparse, torch.full_like(denominator, -1000.0), numerator * 0, denominator * 0),
+        sparse,
     )
     lse = s.phi[..., 1]
     expected = (numerator + lse.exp()[..., None] * sparse) / (denominator + lse.exp())[..., None]
     for shift in (0.0, -600.0, 600.0):
         scale = math.exp(shift)
-        close(merge(sparse, lse + shift, numerator * scale, denominator * scale), expected)
+        close(merged(sparse, lse + shift, numerator * scale, denominator * scale), expected)
 
 
 def test_float32_merge_has_no_floor(sequences):
-    """Weights far below 1e-6, where floors of peers would bite, still mix in their true proportion."""
+    """Weights far below 1e-6, where floors of peers would bite, still mix in their true
+    proportion.
+    """
     lse, tiny = torch.tensor([-70.0]), torch.tensor([math.exp(-70.0)])
-    out = merge(torch.ones(1, 2), lse, 3 * tiny.expand(1, 2), tiny)
+    out = merged(torch.ones(1, 2), lse, 3 * tiny.expand(1, 2), tiny)
     torch.testing.assert_close(out, torch.full((1, 2), 2.0))
 
 
 @pytest.mark.parametrize("policy", SPARSE, ids=str)
 @pytest.mark.parametrize("shift", [-600.0, 600.0])
 def test_shifting_the_logits_changes_nothing(policy, shift, sequences):
-    """exp of a row shifted by 1000 overflows; eviction, sparse attention and the mix with an equally scaled phi do not move."""
+    """exp of a row shifted by 1000 overflows; eviction, sparse attention and the mix with an
+    equally scaled phi do not move.
+    """
     s = sequences(S=70, D=4)
     q, k = (torch.cat([x, torch.ones_like(x[..., :1])], -1) for x in (s.q, s.k))
     far = k.clone()
@@ -196,7 +216,8 @@ def test_shifting_the_logits_changes_nothing(policy, shift, sequences):
     close(recover(moved, s.phi * math.exp(shift), s.psi, s.v), recover(near, s.phi, s.psi, s.v))
 
 
-# ---------------------------------------------------------------- batches, padding, precision, memory
+# ---------------------------------------------------------------- batches, padding, precision,
+# memory
 @pytest.mark.parametrize("policy", [*SPARSE, Full()], ids=str)
 def test_a_batch_row_equals_the_row_alone_padded_or_not(policy, sequences):
     pads = [0, 7, 65, 68]
@@ -265,7 +286,9 @@ def test_no_tensor_grows_with_the_square_of_the_length(policy, sequences):
 
 
 def test_the_sparse_form_takes_any_eviction_times(sequences):
-    """It relies on times alone, not on a policy having made them: random ones, at most one a step and C kept, against a dense mask."""
+    """It relies on times alone, not on a policy having made them: random ones, at most one a step
+    and C kept, against a dense mask.
+    """
     s = sequences(B=1, Hq=2, Hkv=2, S=100)
     times, t = torch.full((1, 2, 100), NEVER, dtype=torch.int32), torch.arange(100)
     for h in range(2):

@@ -10,7 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lesslib.data import Corpus, Document, corpora, encode, load_corpus, missing, training_windows
+from lesslib.data import (
+    Corpus,
+    Document,
+    Source,
+    corpora,
+    encode,
+    hub,
+    load_corpus,
+    missing,
+    training_windows,
+)
+from lesslib.data.topics import HELDOUT_SHARE, MIN_SHARED, split_topics
 from lesslib.models import load_model
 
 
@@ -31,7 +42,7 @@ def write_jsonl(path, rows):
 
 def paragraphs(documents):
     keys = (" ".join(p.split()) for d in documents for p in re.split(r"\n\s*\n", d.text))
-    return {k for k in keys if len(k) >= corpora.MIN_SHARED}
+    return {k for k in keys if len(k) >= MIN_SHARED}
 
 
 # ---------------------------------------------------------------- carried text
@@ -45,7 +56,7 @@ def test_carried_text_is_split_without_overlap_and_without_loss():
     share = heldout.record()["characters"] / (
         heldout.record()["characters"] + train.record()["characters"]
     )
-    assert 0.5 * corpora.HELDOUT_SHARE < share <= corpora.HELDOUT_SHARE
+    assert 0.5 * HELDOUT_SHARE < share <= HELDOUT_SHARE
 
 
 # text of another Python version: any topics over any paragraphs, many of them shared
@@ -62,7 +73,7 @@ TOPICS = st.dictionaries(
 def test_the_split_follows_the_text_of_any_python_version(texts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topics, "topics", texts)
-        train, heldout = tuple(corpora._topics(heldout=False)), tuple(corpora._topics(heldout=True))
+        train, heldout = tuple(split_topics(heldout=False)), tuple(split_topics(heldout=True))
     assert train
     assert not paragraphs(train) & paragraphs(heldout)
     assert paragraphs(train) | paragraphs(heldout) == paragraphs(
@@ -91,7 +102,10 @@ def test_a_folder_gives_its_documents_in_order_with_titles(folder):
 
 
 def test_wikitext_is_split_into_articles_not_sections(folder):
-    text = " = First = \n Some text = here . \n = = Section = = \n More . \n = Second One = \n Other text . \n"
+    text = (
+        " = First = \n Some text = here . \n = = Section = = \n More . \n"
+        " = Second One = \n Other text . \n"
+    )
     (folder / "wikitext2_raw_test.txt.gz").write_bytes(gzip.compress(text.encode()))
     assert [d.title for d in load_corpus("wikitext2").documents] == ["First", "Second One"]
 
@@ -142,9 +156,8 @@ def test_without_a_folder_an_unreachable_hub_is_said_at_once(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.delenv("LESS_DATA", raising=False)
-    monkeypatch.setattr(
-        constants, "ENDPOINT", "http://127.0.0.1:9"
-    )  # the discard port: refused at once
+    # the discard port: refused at once
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(FileNotFoundError, match="hub cannot be reached; set LESS_DATA"):
         load_corpus("c4")
 
@@ -154,11 +167,13 @@ def test_a_failing_download_names_the_cause_and_the_fix(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.delenv("LESS_DATA", raising=False)
-    monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
-    monkeypatch.setitem(corpora.SOURCES, "c4", ("c4.jsonl.gz", fail))
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
+    monkeypatch.setitem(corpora.SOURCES, "c4", Source("c4.jsonl.gz", fail))
     with pytest.raises(FileNotFoundError, match=r"no route.*set LESS_DATA"):
         load_corpus("c4")
-    monkeypatch.setitem(corpora.SOURCES, "c4", ("c4.jsonl.gz", lambda: [Document("t", "row")]))
+    monkeypatch.setitem(
+        corpora.SOURCES, "c4", Source("c4.jsonl.gz", lambda: [Document("t", "row")])
+    )
     assert load_corpus("c4").origin == "hub"
 
 

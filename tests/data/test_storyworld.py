@@ -1,4 +1,7 @@
-"""Storyworld: held-out words, answers that follow from the text alone, and nothing else that gives them away."""
+"""Storyworld: held-out words, and answers that follow from the text alone.
+
+Nothing else gives them away.
+"""
 
 import json
 import random
@@ -125,7 +128,7 @@ def test_a_story_tells_every_fact_and_its_length_is_as_asked():
 
 
 def is_true(asked, told, heldout):
-    """Whether one of the sentences `told` says all the names and the value that are `asked` about."""
+    """Whether a sentence of `told` says all the names and the value that are `asked` about."""
     names, (value,) = (
         [w for kind in kinds for w in every(kind, heldout) if re.search(rf"\b{w}\b", asked)]
         for kinds in (("names",), ("places", "trades", "things"))
@@ -141,7 +144,10 @@ def said_of(name, patterns, told):
 
 
 def answer_of(asked, told, heldout):
-    """What the sentences `told` say to a question of yes or no: of all turns and people, the one that is `asked` about."""
+    """What the sentences `told` say to a question of yes or no.
+
+    Of all turns and people, it is the one that is `asked` about.
+    """
     answers = set()
     for turn in grammar()["turns"].values():
         for name in every("names", heldout):
@@ -193,14 +199,17 @@ def test_the_two_sides_of_a_turn_are_told_apart_by_their_sentences_alone():
 
 
 def test_nothing_told_of_a_person_settles_a_turn_but_its_own_sentences():
-    """Words that would answer a turn's question stand in no pattern of another fact, deed or scene."""
+    """No pattern of another fact, deed or scene has words that would answer a turn's question."""
     g = grammar()
     others = (
         [p for r in g["relations"].values() for p in r["told"] + r["again"]]
         + g["deeds"]
         + g["scenes"]
     )
-    words_of = r"\b(kept {his} word|came home|went home|sick|ill|fever|marr\w+|wedding|bride|rich|poor|fortune|coins?|wrote|read)\b"
+    words_of = (
+        r"\b(kept {his} word|came home|went home|sick|ill|fever|marr\w+|wedding|bride|rich|poor"
+        r"|fortune|coins?|wrote|read)\b"
+    )
     assert not [p for p in others if re.search(words_of, p)]
 
 

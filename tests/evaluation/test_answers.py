@@ -1,4 +1,7 @@
-"""Answers: likelihoods against a plain loop, texts against generate, prompts that fit, ROUGE, paired intervals."""
+"""Answers: likelihoods against a plain loop, texts against generate, prompts that fit.
+
+And ROUGE, and paired intervals.
+"""
 
 import contextlib
 
@@ -9,7 +12,14 @@ import torch
 from lesslib import H2O, Full, Lambda, LessCache, less
 from lesslib.data import encode
 from lesslib.data.storyworld import examples
-from lesslib.evaluation.answers import continuations, option_scores, paired, prompts, rouge
+from lesslib.evaluation import (
+    Decoding,
+    continuations,
+    option_scores,
+    paired,
+    prompts,
+    rouge,
+)
 from lesslib.models import load_kernels, load_model
 
 
@@ -22,42 +32,39 @@ def pico():
 @pytest.mark.parametrize("name", ["pico-llama", "pico-falcon"])
 def test_likelihoods_equal_a_plain_loop(name, evicting):
     model, tokenizer = load_model(name, "cpu", torch.float64)
-    asked = [encode(tokenizer, "The name of the town is" + " far away" * n) for n in (1, 30)]
+    prompt_ids = [encode(tokenizer, "The name of the town is" + " far away" * n) for n in (1, 30)]
     options = [("yes", "no"), ("a lamp on the hill", "a lamp")]
     context = less(model, H2O(heavy=6, recent=6), None) if evicting else contextlib.nullcontext()
     with context, torch.no_grad():
-        got = option_scores(model, tokenizer, asked, options, batch=2)
-        for prompt, chosen, scores in zip(asked, options, got, strict=True):
+        got = option_scores(model, tokenizer, prompt_ids, options, batch=2)
+        for prompt, chosen, scores in zip(prompt_ids, options, got, strict=True):
             for option, score in zip(chosen, scores, strict=True):
                 ids = tokenizer(" " + option, add_special_tokens=False)["input_ids"]
-                logits = (
-                    model(torch.tensor([prompt + ids]), use_cache=False)
-                    .logits[0]
-                    .float()
-                    .log_softmax(-1)
-                )
+                output = model(torch.tensor([prompt + ids]), use_cache=False)
+                logits = output.logits[0].float().log_softmax(-1)
                 expected = sum(logits[len(prompt) - 1 + i, t].item() for i, t in enumerate(ids))
                 assert score == pytest.approx(expected, abs=1e-4)
 
 
 def test_texts_equal_generate_row_by_row(pico):
     model, tokenizer = pico
-    story = "Once there was a man who had three sons, and the eldest of them went to the town to buy a horse. On the road he met"
-    asked = [
-        encode(tokenizer, text) for text in ("The river rose and the people of the valley", story)
-    ]
-    newline, kernels = (
-        tokenizer("\n", add_special_tokens=False)["input_ids"][-1],
-        load_kernels("pico-llama", "h2o", 0.05),
+    story = (
+        "Once there was a man who had three sons, and the eldest of them went to the town to buy "
+        "a horse. On the road he met"
     )
+    beginnings = ("The river rose and the people of the valley", story)
+    prompt_ids = [encode(tokenizer, text) for text in beginnings]
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    kernels = load_kernels("pico-llama", "h2o", 0.05)
     policy = H2O(heavy=2, recent=2)
     methods = [(Full(), None), (policy, None), (policy.plus(4), None), (policy, kernels)]
-    together = continuations(model, tokenizer, asked, 12, methods, batch=2)
+    together = continuations(model, tokenizer, prompt_ids, Decoding(12, batch=2), methods)
     assert together == [
-        [continuations(model, tokenizer, [a], 12, [m])[0][0] for a in asked] for m in methods
+        [continuations(model, tokenizer, [a], Decoding(12), [m])[0][0] for a in prompt_ids]
+        for m in methods
     ]
     for (chosen, used), texts in zip(methods, together, strict=True):
-        for prompt, text in zip(asked, texts, strict=True):
+        for prompt, text in zip(prompt_ids, texts, strict=True):
             full, ids = chosen.budget is None, torch.tensor([prompt])
             cache = None if full else LessCache(model, chosen, used)
             given = {
@@ -68,16 +75,12 @@ def test_texts_equal_generate_row_by_row(pico):
             }
             with contextlib.nullcontext() if full else less(model):
                 plain = model.generate(ids, past_key_values=cache, **given)
-            assert (
-                text
-                == tokenizer.decode(plain[0, len(prompt) :], skip_special_tokens=True)
-                .strip()
-                .split("\n")[0]
-            )
+            expected = tokenizer.decode(plain[0, len(prompt) :], skip_special_tokens=True)
+            assert text == expected.strip().split("\n")[0]
     assert len({tuple(texts) for texts in together}) > 1
     assert all("\n" not in text for texts in together for text in texts)
     first = [tokenizer.decode(encode(tokenizer, text)[1:2]).strip() for text in together[3]]
-    assert continuations(model, tokenizer, asked, 1, methods) == [first] * 4
+    assert continuations(model, tokenizer, prompt_ids, Decoding(1), methods) == [first] * 4
 
 
 def test_a_text_ends_with_its_line_even_where_that_is_its_first_token(pico, monkeypatch):
@@ -93,7 +96,7 @@ def test_a_text_ends_with_its_line_even_where_that_is_its_first_token(pico, monk
         )
 
     monkeypatch.setattr(model, "generate", generate)
-    assert continuations(model, tokenizer, [[1, 50, 51], [1, 52]], 4)[0] == [
+    assert continuations(model, tokenizer, [[1, 50, 51], [1, 52]], Decoding(4))[0] == [
         tokenizer.decode([405, 400]).strip(),
         "",
     ]
@@ -106,16 +109,17 @@ def test_policies_of_two_classes_cannot_be_read_together(pico):
             model,
             tokenizer,
             [[1, 50, 51, 52, 53]],
-            4,
+            Decoding(4),
             [(H2O(heavy=2, recent=2), None), (Lambda(recent=2, sinks=2), None)],
         )
 
 
 def test_sampling_depends_on_the_seed_alone(pico):
     model, tokenizer = pico
-    asked = [encode(tokenizer, "The river rose and")]
+    prompt_ids = [encode(tokenizer, "The river rose and")]
     a, b, c = (
-        continuations(model, tokenizer, asked, 12, temperature=1.0, seed=s)[0][0] for s in (0, 0, 1)
+        continuations(model, tokenizer, prompt_ids, Decoding(12, temperature=1.0, seed=s))[0][0]
+        for s in (0, 0, 1)
     )
     assert a == b != c
 

@@ -11,13 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lesslib import H2O, TOVA, Lambda, less
 from lesslib.attention.fit import model_shape
 from lesslib.data import Corpus, Document
-from lesslib.evaluation.perplexity import (
-    POSITION_BIN,
-    Window,
-    evaluation_windows,
-    gap_closed,
-    perplexity,
-)
+from lesslib.evaluation import Window, evaluation_windows, gap_closed, perplexity
+from lesslib.evaluation.perplexity import POSITION_BIN
 from lesslib.models import load_model
 from lesslib.states import Kernels
 
@@ -65,9 +60,9 @@ class NoBos:
 
 
 TEXT = (
-    " A café's   naïve “quotes” \u2013 un-believable words,\n\n\tand supercalifragilistic 東京 lines.\n"
-    * 9
-)
+    " A café's   naïve “quotes” \u2013 un-believable words,\n\n"
+    "\tand supercalifragilistic 東京 lines.\n"
+) * 9
 
 
 def corpus(*texts):
@@ -128,26 +123,17 @@ def reference(model, window):
 def test_perplexity_is_the_textbook_sum_over_tokens_words_documents_and_positions(model, windows):
     out = perplexity(model, windows, batch=3)
     losses = [reference(model, w) for w in windows]
-    nll, tokens, words = (
-        sum(x.sum() for x in losses),
-        sum(map(len, losses)),
-        sum(w.words for w in windows),
-    )
+    nll = sum(x.sum() for x in losses)
+    tokens = sum(map(len, losses))
+    words = sum(w.words for w in windows)
     assert (out["tokens"], out["words"], out["windows"]) == (tokens, words, len(windows))
     assert out["log_ppl"] == pytest.approx(nll / tokens, rel=1e-6)
     assert out["token_ppl"] == pytest.approx(math.exp(nll / tokens), rel=1e-6)
     assert out["word_ppl"] == pytest.approx(math.exp(nll / words), rel=1e-5)
-    by_document = [
-        [
-            sum(x.sum() for x, w in zip(losses, windows, strict=True) if w.document == d)
-            for d in range(4)
-        ],
-        [
-            sum(len(x) for x, w in zip(losses, windows, strict=True) if w.document == d)
-            for d in range(4)
-        ],
-    ]
-    np.testing.assert_allclose(np.array(out["by_document"]).T, by_document, atol=1e-3)
+    by_document = np.zeros((4, 2))
+    for x, w in zip(losses, windows, strict=True):
+        by_document[w.document] += (x.sum(), len(x))
+    np.testing.assert_allclose(np.array(out["by_document"]), by_document, atol=1e-3)
     for b, value in enumerate(out["by_position"]):
         inside = np.concatenate([x[b * POSITION_BIN : (b + 1) * POSITION_BIN] for x in losses])
         assert value == pytest.approx(inside.mean(), abs=1e-4)
@@ -156,7 +142,13 @@ def test_perplexity_is_the_textbook_sum_over_tokens_words_documents_and_position
     for w, x in zip(windows, losses, strict=True):
         for t in range(1, len(w.ids)):
             where = [j for j in range(t) if w.ids[j] == w.ids[t]]
-            kinds["new" if not where else "near" if t - where[-1] <= 64 else "far"].append(x[t - 1])
+            if not where:
+                kind = "new"
+            elif t - where[-1] <= 64:
+                kind = "near"
+            else:
+                kind = "far"
+            kinds[kind].append(x[t - 1])
     assert all(len(x) > 20 for x in kinds.values())
     for name, x in kinds.items():
         assert out["by_recurrence"][name] == [pytest.approx(sum(x), abs=1e-2), len(x)]

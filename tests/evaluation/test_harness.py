@@ -1,4 +1,7 @@
-"""lm-evaluation-harness on a local JSONL, offline, for both kinds of request. Skipped where the optional lm_eval is not installed."""
+"""lm-evaluation-harness on a local JSONL, offline, for both kinds of request.
+
+Skipped where the optional lm_eval is not installed.
+"""
 
 import json
 

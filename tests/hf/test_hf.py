@@ -1,4 +1,6 @@
-"""`with less(...)` on tiny random models of many architectures, in float64: stock logits, the naive form, padding, and refusals."""
+"""`with less(...)` on tiny random models of many architectures, in float64: stock logits, the
+naive form, padding, and refusals.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""The house rules that a program can check: style, types, layers, and who may look inside transformers."""
+"""The house rules that a program can check: style, types, layers, and who may look inside
+transformers.
+"""
 
 import ast
 import subprocess
@@ -31,7 +33,9 @@ def test_style_types_and_layers_are_clean(tool):
 
 
 def imports(file: Path) -> set[tuple[str, str]]:
-    """(module, name) of all that a file imports, inside functions too; the name is "" for `import module`."""
+    """(module, name) of all that a file imports, inside functions too; the name is "" for `import
+    module`.
+    """
     found: set[tuple[str, str]] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -42,7 +46,9 @@ def imports(file: Path) -> set[tuple[str, str]]:
 
 
 def inside_transformers(file: Path) -> set[tuple[str, str]]:
-    """What `file` imports from transformers beyond public classes of its top level and its logging."""
+    """What `file` imports from transformers beyond public classes of its top level and its
+    logging.
+    """
     inside = set()
     for module, name in imports(file):
         is_public = module == "transformers" and (name == "logging" or name[:1].isupper())

@@ -1,4 +1,4 @@
-"""The model zoo: what loads, what is refused and how it is said; the kernels that belong to a model."""
+"""The model zoo: what loads, what is refused and how it is said; a model's kernels."""
 
 import ctypes
 import shutil
@@ -28,9 +28,8 @@ def folder(tmp_path):
 def no_hub(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(
-        constants, "ENDPOINT", "http://127.0.0.1:9"
-    )  # the discard port: refused at once
+    # The discard port: refused at once.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
 
@@ -48,15 +47,16 @@ def test_every_carried_model_loads_offline_for_evaluation(no_hub):
 
 
 def test_a_folder_loads_like_the_carried_model_and_its_revision_follows_the_weights(folder):
-    carried, mine = load_model("pico-llama", "cpu")[0], load_model(folder, "cpu", torch.bfloat16)[0]
-    assert mine.less_identity == {"model": "mine", "revision": carried.less_identity["revision"]}
-    assert mine.dtype == torch.bfloat16
+    carried, _ = load_model("pico-llama", "cpu")
+    copy, _ = load_model(folder, "cpu", torch.bfloat16)
+    revision = carried.less_identity["revision"]
+    assert copy.less_identity == {"model": "mine", "revision": revision}
+    assert copy.dtype == torch.bfloat16
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] *= 2
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert (
-        load_model(folder, "cpu")[0].less_identity["revision"] != carried.less_identity["revision"]
-    )
+    changed, _ = load_model(folder, "cpu")
+    assert changed.less_identity["revision"] != revision
 
 
 def test_a_hub_name_below_less_models_needs_no_hub_and_keeps_its_name(
@@ -83,15 +83,17 @@ def test_loading_draws_no_bar_and_leaves_the_bars_of_others_alone(capfd, folder)
     calls = []
     load_model("pico-llama", "cpu")
     assert "Loading weights" not in capfd.readouterr().err
-    assert logging.set_tqdm_hook(hook) is None  # ours is gone
+    # Ours is gone.
+    assert logging.set_tqdm_hook(hook) is None
     try:
         load_model("pico-llama", "cpu")
-        assert calls  # a hook set by the user stays in charge
+        # A hook set by the user stays in charge, also after an error.
+        assert calls
         (folder / "model.safetensors").write_bytes(b"")
         with pytest.raises(ValueError, match="weights"):
             load_model(folder, "cpu")
     finally:
-        assert logging.set_tqdm_hook(None) is hook  # also after an error
+        assert logging.set_tqdm_hook(None) is hook
 
 
 def cut(folder):
@@ -169,7 +171,7 @@ def test_a_hub_name_without_the_hub_says_so_in_one_line(no_hub, capfd):
 # ---------------------------------------------------------------- kernels
 @pytest.fixture
 def kernels():
-    model = load_model("pico-llama", "cpu")[0]
+    model, _ = load_model("pico-llama", "cpu")
     made = Kernels.new(model_shape(model), 4, 8)
     made.header |= model.less_identity | {"policy": "h2o", "fraction": 0.05}
     return made
@@ -179,15 +181,11 @@ def test_kernels_are_found_by_model_policy_fraction_and_seed(kernels, tmp_path):
     for seed in (0, 2):
         kernels.header["seed"] = seed
         kernels.save(kernel_path("pico-llama", "h2o", 0.05, tmp_path, seed))
-        found = load_kernels("pico-llama", "H2O", 0.05, tmp_path, seed)
-        assert found.header["seed"] == seed
-        assert torch.equal(found[0].phi_w1, kernels[0].phi_w1)
-    assert (
-        kernel_path("meta-llama/Llama-2-7b-hf", "tova", 0.1, tmp_path)
-        .relative_to(tmp_path)
-        .parts[0]
-        == "meta-llama--Llama-2-7b-hf"
-    )
+        loaded = load_kernels("pico-llama", "H2O", 0.05, tmp_path, seed)
+        assert loaded.header["seed"] == seed
+        assert torch.equal(loaded[0].phi_w1, kernels[0].phi_w1)
+    path = kernel_path("meta-llama/Llama-2-7b-hf", "tova", 0.1, tmp_path)
+    assert path.relative_to(tmp_path).parts[0] == "meta-llama--Llama-2-7b-hf"
 
 
 def test_missing_kernels_list_what_there_is_and_the_command(kernels, tmp_path):
@@ -212,7 +210,8 @@ def test_kernels_that_do_not_belong_are_refused(kernels, tmp_path):
         ValueError, match=r"revision 0123456789ab of 'pico-llama', the package carries [0-9a-f]{12}"
     ):
         load_kernels("pico-llama", "h2o", 0.05, tmp_path)
-    model, foreign = load_model("pico-llama", "cpu")[0], Kernels.load(path)
+    model, _ = load_model("pico-llama", "cpu")
+    foreign = Kernels.load(path)
     with (
         pytest.raises(
             ValueError, match=r"revision is 0123456789ab in the kernels and [0-9a-f]{12}"
@@ -238,19 +237,17 @@ def faults():
         (a + a).exp().sum()
         del a
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(), print(faults(), keep_memory()), faults(), print(faults())
+faults()
+print(faults(), keep_memory())
+faults()
+print(faults())
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults under glibc")
 def test_keep_memory_ends_the_page_faults_of_large_buffers():
-    run = subprocess.run(
-        [sys.executable, "-c", FAULTS],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ASSETS.parents[1],
-    )
+    command = [sys.executable, "-c", FAULTS]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ASSETS.parents[1])
     before, kept, after = run.stdout.split()
     if kept == "False":
         pytest.skip("this C library has no mallopt")

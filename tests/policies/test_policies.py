@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import retained
 
-from lesslib import H2O, TOVA, Full, Lambda, policies
+from lesslib import H2O, TOVA, Full, Lambda
 from lesslib.ops.blocks import NEVER
 from lesslib.ops.naive import naive_attention
-from lesslib.policies import budget_of, get_policy, simulate
+from lesslib.policies import budget_of, get_policy, simulate, simulation
 
 ALL = [
     H2O(heavy=3, recent=8),
@@ -35,7 +35,8 @@ def naive_times(policy, s):
     return naive_attention(s.q, s.k, s.v, policy, real=s.real)[1]
 
 
-# ---------------------------------------------------------------- simulate against the readable spec
+# ---------------------------------------------------------------- simulate against the readable
+# spec
 @pytest.mark.parametrize("policy", ALL, ids=str)
 def test_eviction_times_equal_the_naive_loop(policy, sequences):
     for seed, shape in enumerate(SHAPES):
@@ -70,7 +71,7 @@ def test_block_size_changes_nothing(policy, sequences, monkeypatch):
     s = sequences(S=50, pads=[0, 9])
     expected = simulate(policy, s.q, s.k, s.real)
     for block in (1, 3, 50):
-        monkeypatch.setattr(policies.base, "BLOCK", block)
+        monkeypatch.setattr(simulation, "BLOCK", block)
         assert torch.equal(simulate(policy, s.q, s.k, s.real), expected)
 
 

@@ -1,11 +1,15 @@
-"""The committed notebooks: whole, executed as they stand, readable, and without traces of the machine they ran on; in `wild` too."""
+"""The committed notebooks, of `wild` too: executed as they stand, no traces of a machine."""
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from lesslib.runner.run import NOTEBOOKS, Notebook
+from lesslib.profiles import get_tasks
+from lesslib.reporting.results import load
+from lesslib.runner.notebook import NOTEBOOKS, WRITTEN_BY_REFRESH, Notebook
+from lesslib.runner.preflight import model_names
 from lesslib.util.paths import ROOT
 
 NAMES = (
@@ -24,21 +28,24 @@ NAMES = (
     "12_scoreboard",
     "13_generate",
 )
-ABSOLUTE = re.compile(
-    r"(?<![\w.:/])/(home|Users|root|tmp|work|workspace|mnt|content|opt|usr|var|private|data)/|[A-Z]:\\\\?Users"
-)
+ROOTS = "home|Users|root|tmp|work|workspace|mnt|content|opt|usr|var|private|data"
+ABSOLUTE = re.compile(rf"(?<![\w.:/])/({ROOTS})/|[A-Z]:\\\\?Users")
 
 FOLDERS = {"tiny": NOTEBOOKS, "wild": ROOT / "results/wild/executed"}
-ELSEWHERE = [
-    ("wild", n) for n in NAMES if n != "13_generate"
-]  # which would show the words of others
+# 13 would show the words of others
+IN_WILD = [name for name in NAMES if name != "13_generate"]
+EXECUTED = [("tiny", name) for name in NAMES] + [("wild", name) for name in IN_WILD]
 
 each = pytest.mark.parametrize("name", NAMES)
-executed = pytest.mark.parametrize(("profile", "name"), [*(("tiny", n) for n in NAMES), *ELSEWHERE])
+executed = pytest.mark.parametrize(("profile", "name"), EXECUTED)
+
+
+def path_of(name: str, profile: str = "tiny") -> Path:
+    return FOLDERS[profile] / f"{name}.ipynb"
 
 
 def node(name, profile="tiny"):
-    return json.loads((FOLDERS[profile] / f"{name}.ipynb").read_text("utf-8"))
+    return json.loads(path_of(name, profile).read_text("utf-8"))
 
 
 def code_cells(name, profile="tiny"):
@@ -51,9 +58,9 @@ def tagged(name, tag, profile="tiny"):
 
 def test_the_notebooks_are_these():
     assert tuple(sorted(p.stem for p in NOTEBOOKS.glob("*.ipynb"))) == NAMES
-    assert sorted({p.stem for p in FOLDERS["wild"].glob("*.ipynb")} - {"13_generate"}) == [
-        n for _, n in ELSEWHERE
-    ]  # 13 is not committed
+    # 13 is not committed, but may lie here
+    in_wild = {p.stem for p in FOLDERS["wild"].glob("*.ipynb")}
+    assert sorted(in_wild - {"13_generate"}) == IN_WILD
 
 
 @each
@@ -65,10 +72,9 @@ def test_the_first_cell_is_the_title_and_the_claim(name):
 
 @each
 def test_parameters_are_profile_and_seed_and_cells_are_short(name):
-    assert Notebook(NOTEBOOKS / f"{name}.ipynb").problem() is None
-    assert [
-        len(c["source"]) for c in code_cells(name) if len("".join(c["source"]).splitlines()) > 15
-    ] == []
+    assert Notebook.load(path_of(name)).problem() is None
+    lengths = [len("".join(cell["source"]).splitlines()) for cell in code_cells(name)]
+    assert max(lengths) <= 15
 
 
 @executed
@@ -76,13 +82,49 @@ def test_it_was_executed_from_top_to_bottom_as_it_stands(profile, name):
     counts = [c["execution_count"] for c in code_cells(name, profile)]
     assert counts == list(range(1, len(counts) + 1))
     recorded = node(name, profile)["metadata"]["lesslib"]
-    fix = f"{name} was changed after it was executed: ./run_all.sh --profile {profile} --from-results --refresh --only {name[:2]}"
-    assert recorded["executed"] == Notebook(NOTEBOOKS / f"{name}.ipynb").sha256, fix
-    assert (
-        Notebook(FOLDERS[profile] / f"{name}.ipynb").cells
-        == Notebook(NOTEBOOKS / f"{name}.ipynb").cells
-    )
+    notebook = Notebook.load(path_of(name))
+    command = f"./run_all.sh --profile {profile} --from-results --refresh --only {name[:2]}"
+    assert recorded["executed"] == notebook.sha256, f"{name} was changed since then: {command}"
+    assert Notebook.load(path_of(name, profile)).cells == notebook.cells
     assert recorded["profile"] == profile
+
+
+@executed
+def test_it_declares_the_same_in_every_profile(profile, name):
+    assert Notebook.load(path_of(name, profile)).declares == Notebook.load(path_of(name)).declares
+    fields = set(node(name, profile)["metadata"]["lesslib"])
+    assert fields >= set(WRITTEN_BY_REFRESH)
+
+
+def test_together_they_compute_every_results_file():
+    declared = []
+    for name in NAMES:
+        declared += Notebook.load(path_of(name)).declares.experiments
+    # Both 03 and 04 show language_modeling.
+    assert set(declared) == {path.stem for path in (ROOT / "results/tiny").glob("[!.]*.json")}
+    assert len(declared) == len(set(declared)) + 1
+
+
+@executed
+def test_it_declares_the_models_and_tasks_that_its_results_were_computed_with(
+    profile, name, monkeypatch
+):
+    monkeypatch.setenv("LESS_RESULTS", str(ROOT / "results"))
+    notebook = Notebook.load(path_of(name))
+    used = set()
+    for experiment in notebook.declares.experiments:
+        used |= {source["name"] for source in load(experiment, profile)["manifest"]["data"]}
+    models = {source for source in used if source.startswith("model ")}
+    assert models == {f"model {model}" for model in model_names(profile, [notebook])}
+    tasks = get_tasks(profile)
+    names = {task for task, *_ in (*tasks.classification, *tasks.summaries)}
+    assert bool(used & names) == bool(notebook.declares.task_models)
+
+
+@each
+def test_it_needs_notebooks_that_come_before_it(name):
+    numbers = [other[:2] for other in NAMES if other < name]
+    assert set(Notebook.load(path_of(name)).declares.needs) <= set(numbers)
 
 
 @executed
@@ -90,17 +132,18 @@ def test_verdict_cells_print_text_and_nothing_else(profile, name):
     cells = tagged(name, "nbval-check-output", profile)
     assert cells
     for cell in cells:
-        assert [(o["output_type"], o.get("name")) for o in cell["outputs"]] == [
-            ("stream", "stdout")
-        ]
+        kinds = [(o["output_type"], o.get("name")) for o in cell["outputs"]]
+        assert kinds == [("stream", "stdout")]
         assert "".join(cell["outputs"][0]["text"]).strip()
 
 
 @executed
 def test_no_errors_no_warnings_no_paths_and_not_too_large(profile, name):
-    outputs = [o for c in code_cells(name, profile) for o in c["outputs"]]
-    assert [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"] == []
-    path = FOLDERS[profile] / f"{name}.ipynb"
+    for cell in code_cells(name, profile):
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error"
+            assert output.get("name") != "stderr"
+    path = path_of(name, profile)
     assert path.stat().st_size < 2**20
     without_images = re.sub(r'"image/\w+": "[^"]*"', "", path.read_text("utf-8"))
-    assert [m[0] for m in ABSOLUTE.finditer(without_images)] == []
+    assert [match[0] for match in ABSOLUTE.finditer(without_images)] == []

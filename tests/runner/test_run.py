@@ -1,5 +1,6 @@
-"""The runner: what is run, what is left alone, what is said when something is wrong; and run_all.sh in front of it."""
+"""The runner and run_all.sh: what is run or left alone, what is said when something is wrong."""
 
+import itertools
 import json
 import os
 import re
@@ -17,35 +18,54 @@ import pytest
 from packaging.requirements import Requirement
 
 from lesslib import data, profiles
-from lesslib.runner import run
+from lesslib.runner import commands, progress_line
+from lesslib.runner import main as runner
+from lesslib.runner.notebook import Notebook
+from lesslib.runner.run_log import Outcome, RunLog
 from lesslib.util.files import write_json
 from lesslib.util.paths import ROOT
 
 PARAMETERS = 'import os\n\nprofile = os.environ.get("LESS_PROFILE", "tiny")\nseed = 0'
 ELSEWHERE = (
-    "import sys, pathlib; from lesslib.runner import run; run.NOTEBOOKS = pathlib.Path('{}'); "
+    "import sys, pathlib; from lesslib.runner import main as runner; "
+    "runner.NOTEBOOKS = pathlib.Path('{}'); "
 )
 VERDICT = ("print(f'holds: {profile}, seed {seed}')", "nbval-check-output")
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """An empty folder of notebooks and an empty results folder; main() leaves its settings in os.environ, so that is put back."""
+    """An empty folder of notebooks and an empty results folder.
+
+    main() leaves its settings in os.environ, so that is put back.
+    """
     before = dict(os.environ)
     for name in ("LESS_DATA", "LESS_PROFILE", "LESS_LEDGER", "LESS_FROM_RESULTS", "LESS_PROGRESS"):
         os.environ.pop(name, None)
     os.environ["LESS_RESULTS"] = str(tmp_path / "results")
     (tmp_path / "notebooks").mkdir()
-    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
     yield tmp_path
     os.environ.clear()
     os.environ.update(before)
 
 
+def declare(**fields: list[str]) -> dict[str, list[str]]:
+    """The `metadata.lesslib` of a notebook: these fields, and [] for the others."""
+    empty = {"needs": [], "experiments": [], "text_models": [], "task_models": []}
+    return empty | fields
+
+
 def write(
-    home: Path, name: str, *cells, title="A title (Table 1)", parameters=PARAMETERS, needs=()
-):
-    node = nbformat.v4.new_notebook(metadata={"lesslib": {"needs": list(needs)}})
+    home: Path,
+    name: str,
+    *cells: str | tuple[str, ...],
+    title: str = "A title (Table 1)",
+    parameters: str = PARAMETERS,
+    **declared: list[str],
+) -> None:
+    """Write notebooks/<name>.ipynb; a cell is its source, or (source, tags ...)."""
+    node = nbformat.v4.new_notebook(metadata={"lesslib": declare(**declared)})
     node.cells = [
         nbformat.v4.new_markdown_cell(f"# {name[:2]} · {title}\n\nText."),
         nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
@@ -60,20 +80,18 @@ def write(
     nbformat.write(node, home / "notebooks" / f"{name}.ipynb")
 
 
-def out(home: Path, name: str, profile="smoke") -> str:
+def out(home: Path, name: str, profile: str = "smoke") -> str:
     """The text that the executed notebook printed."""
     node = nbformat.read(home / "results" / profile / "notebooks" / f"{name}.ipynb", 4)
-    return "".join(
-        o.text
-        for c in node.cells
-        if c.cell_type == "code"
-        for o in c.outputs
-        if o.output_type == "stream"
-    )
+    text = ""
+    for cell in node.cells:
+        if cell.cell_type == "code":
+            text += "".join(o.text for o in cell.outputs if o.output_type == "stream")
+    return text
 
 
 def main(*arguments: str) -> int:
-    return run.main(["--profile", "smoke", *arguments])
+    return runner.main(["--profile", "smoke", *arguments])
 
 
 def never(*_):
@@ -103,7 +121,8 @@ def test_a_failure_names_cell_error_file_and_command_and_the_mended_run_goes_on_
     opened = Path(re.search(r"^open +(.*)$", printed, re.M)[1])
     assert "a bad number" in opened.read_text()
     assert "rerun   ./run_all.sh --profile smoke --only 01\n" in printed
-    assert not (home / "results/smoke/notebooks/02_three.ipynb").exists()  # it stopped
+    # it stopped
+    assert not (home / "results/smoke/notebooks/02_three.ipynb").exists()
     write(home, "01_two", "x = 1", title="No paper item")
     assert main("--only", "01") == 0
     capfd.readouterr()
@@ -112,40 +131,38 @@ def test_a_failure_names_cell_error_file_and_command_and_the_mended_run_goes_on_
     assert re.search(r"00  A title +Table 1  up to date", printed)
     assert re.search(r"02  A title +Table 1  done", printed)
     assert "holds: smoke, seed 0" in printed
-    assert (
-        errors == ""
-    )  # of kernels, too: no warning about transport, frozen modules or unknown parameters
-    monkeypatch.setattr(run, "execute", never)
+    # of kernels, too: no warning about transport, frozen modules or unknown parameters
+    assert errors == ""
+    monkeypatch.setattr(commands, "execute", never)
     assert main() == 0
     assert capfd.readouterr().out.count("up to date") == 3
-    code = (
-        ELSEWHERE.format(run.NOTEBOOKS)
-        + "assert run.main(['--profile', 'smoke']) == 0; sys.exit('torch' in sys.modules)"
+    # a second call is quick: it imports no torch
+    code = ELSEWHERE.format(runner.NOTEBOOKS) + (
+        "assert runner.main(['--profile', 'smoke']) == 0; sys.exit('torch' in sys.modules)"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-    )  # a second call is quick: it imports no torch
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("change", ["notebook", "seed", "data", "result", "executed"])
 def test_a_changed_notebook_seed_or_data_and_a_lost_result_are_run_again(home, change):
     write(home, "00_one", VERDICT)
-    record, notebook = run.Record("smoke", 0), run.Notebook(run.NOTEBOOKS / "00_one.ipynb")
+    run_log = RunLog("smoke", 0)
+    notebook = Notebook.load(runner.NOTEBOOKS / "00_one.ipynb")
     for file in ("one.json", "notebooks/00_one.ipynb"):
-        write_json(record.home / file, {})
-    assert not record.up_to_date(notebook)
-    record.add(notebook)
-    assert run.Record("smoke", 0).up_to_date(notebook)
+        write_json(run_log.home / file, {})
+    assert not run_log.is_up_to_date(notebook)
+    run_log.add(notebook, Outcome())
+    assert RunLog("smoke", 0).is_up_to_date(notebook)
     if change == "notebook":
         write(home, "00_one", VERDICT, "x = 1")
     elif change == "data":
         os.environ["LESS_DATA"] = str(home)
-    elif change in ("result", "executed"):
-        (
-            record.home / {"result": "one.json", "executed": "notebooks/00_one.ipynb"}[change]
-        ).unlink()
-    notebook = run.Notebook(run.NOTEBOOKS / "00_one.ipynb")
-    assert not run.Record("smoke", 1 if change == "seed" else 0).up_to_date(notebook)
+    elif change == "result":
+        (run_log.home / "one.json").unlink()
+    elif change == "executed":
+        (run_log.home / "notebooks/00_one.ipynb").unlink()
+    notebook = Notebook.load(runner.NOTEBOOKS / "00_one.ipynb")
+    assert not RunLog("smoke", 1 if change == "seed" else 0).is_up_to_date(notebook)
 
 
 def test_keep_going_runs_the_rest_and_lists_the_failures(home, capfd):
@@ -156,34 +173,35 @@ def test_keep_going_runs_the_rest_and_lists_the_failures(home, capfd):
     assert "Kernel died (most often: memory ran out)" in printed
     assert "failed: 00. " in printed
     assert out(home, "01_two") == "holds: smoke, seed 0\n"
-    assert set(run.Record("smoke", 0).stamps) == {"01_two"}
+    assert set(RunLog("smoke", 0).stamps) == {"01_two"}
 
 
 SWEEP = """
 from pathlib import Path
-from types import SimpleNamespace
 from lesslib.experiments.sweep import sweep
+
 def compute(x):
-    if x == 2 and not Path({home!r}, "mended").exists(): raise RuntimeError("interrupted")
+    if x == 2 and not Path({home!r}, "mended").exists():
+        raise RuntimeError("interrupted")
     print("computed", x)
     return {{"square": x * x}}
+
 points = {{"one": {{"x": 1}}, "two": {{"x": 2}}}}
-experiments = SimpleNamespace(squares=lambda: sweep("squares", profile, seed, points, compute, lambda: []))
-experiments.squares()
+sweep("squares", profile, seed, points, compute, list)
 """
 
 
 def test_points_computed_here_are_kept_recorded_ones_of_a_clone_are_not_and_fresh_forgets(home):
-    write(home, "00_one", SWEEP.format(home=str(home)))
+    write(home, "00_one", SWEEP.format(home=str(home)), experiments=["squares"])
     assert main() == 1
     assert out(home, "00_one") == "computed 1\n"
     (home / "mended").touch()
     assert main() == 0
-    assert out(home, "00_one") == "computed 2\n"  # the first point was kept
+    # the first point was kept
+    assert out(home, "00_one") == "computed 2\n"
+    # as in a new clone, which has the recorded squares.json
     for name in (".ledger.json", ".run.json"):
-        (
-            home / "results/smoke" / name
-        ).unlink()  # as in a new clone, which has the recorded squares.json
+        (home / "results/smoke" / name).unlink()
     assert main() == 0
     assert out(home, "00_one") == "computed 1\ncomputed 2\n"
     assert main("--refresh") == 0
@@ -193,25 +211,24 @@ def test_points_computed_here_are_kept_recorded_ones_of_a_clone_are_not_and_fres
 
 
 def test_fresh_forgets_only_the_chosen_notebooks_and_kernels_only_with_their_training(home):
-    write(home, "02_train", "experiments.training_kernels(profile)")
-    write(home, "03_use", "experiments.squares(profile)")
-    record, chosen = (
-        run.Record("smoke", 0),
-        [run.Notebook(p) for p in sorted(run.NOTEBOOKS.iterdir())],
-    )
-    write_json(record.home / "kernels" / "k.json", {})
-    write_json(record.home / ".ledger.json", ["squares:a:1", "training_kernels:a:2"])
-    for notebook in chosen:
-        record.add(notebook)
-    record.forget(chosen[1:])
-    assert json.loads((record.home / ".ledger.json").read_text()) == ["training_kernels:a:2"]
-    assert set(run.Record("smoke", 0).stamps) == {"02_train"}
-    assert (record.home / "kernels" / "k.json").exists()
-    record.forget(chosen[:1])
-    assert json.loads((record.home / ".ledger.json").read_text()) == []
-    assert (
-        list((record.home / "kernels").iterdir()) == []
-    )  # there, so that the package's no longer do, and none is left
+    write(home, "02_train", experiments=["training_kernels"])
+    write(home, "03_use", experiments=["squares"])
+    run_log = RunLog("smoke", 0)
+    train, use = (Notebook.load(path) for path in sorted(runner.NOTEBOOKS.iterdir()))
+    ledger = run_log.home / ".ledger.json"
+    kernels = run_log.home / "kernels"
+    write_json(kernels / "k.json", {})
+    write_json(ledger, ["squares:a:1", "squares_of_others:a:3", "training_kernels:a:2"])
+    for notebook in (train, use):
+        run_log.add(notebook, Outcome())
+    run_log.forget([use])
+    assert json.loads(ledger.read_text()) == ["squares_of_others:a:3", "training_kernels:a:2"]
+    assert set(RunLog("smoke", 0).stamps) == {"02_train"}
+    assert (kernels / "k.json").exists()
+    run_log.forget([train])
+    assert json.loads(ledger.read_text()) == ["squares_of_others:a:3"]
+    # there, so that the package's no longer do, and none is left
+    assert list(kernels.iterdir()) == []
 
 
 def test_ctrl_c_says_how_to_go_on(home):
@@ -220,10 +237,19 @@ def test_ctrl_c_says_how_to_go_on(home):
         "00_one",
         f"import time, pathlib\npathlib.Path({str(home / 'begun')!r}).touch()\ntime.sleep(60)",
     )
-    code = ELSEWHERE.format(run.NOTEBOOKS) + "sys.exit(run.main(['--seed', '1']))"
-    restore = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  a shell may have it ignored
+    code = ELSEWHERE.format(runner.NOTEBOOKS) + "sys.exit(runner.main(['--seed', '1']))"
+
+    def restore() -> None:
+        # a shell may have it ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True, preexec_fn=restore
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=restore,
     )
     while not (home / "begun").exists():
         assert process.poll() is None
@@ -231,9 +257,9 @@ def test_ctrl_c_says_how_to_go_on(home):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert (
-        errors
-        == "\ninterrupted: every finished point is kept, ./run_all.sh --profile tiny --seed 1 goes on from there\n"
+    assert errors == (
+        "\ninterrupted: every finished point is kept, "
+        "./run_all.sh --profile tiny --seed 1 goes on from there\n"
     )
 
 
@@ -250,12 +276,12 @@ def test_every_problem_is_said_at_once(home, capsys, monkeypatch):
     )
     monkeypatch.setitem(profiles.PROFILES, "odd", odd)
     monkeypatch.setattr(data, "hub_reachable", lambda: False)
-    monkeypatch.setattr(run, "execute", never)
+    monkeypatch.setattr(commands, "execute", never)
     os.environ["LESS_DATA"] = str(home / "nowhere")
     write(home, "00_one", parameters="profle = 'tiny'\nseed = 0")
     write(home, "01_two", parameters="import os")
-    write(home, "03_four", needs=["02"])
-    assert run.main(["--profile", "odd", "--only", "00,01,03", "--only", "77"]) == 2
+    write(home, "03_four", needs=["02"], text_models=["llama"])
+    assert runner.main(["--profile", "odd", "--only", "00,01,03", "--only", "77"]) == 2
     printed = capsys.readouterr().err
     for part in (
         "--only 77: no such notebook; there are 00, 01, 03",
@@ -276,7 +302,7 @@ def test_every_problem_is_said_at_once(home, capsys, monkeypatch):
 
 def test_an_unknown_profile_and_an_unwritable_results_folder_are_refused(home, capsys):
     write(home, "00_one")
-    assert run.main(["--profile", "huge", "--only", "5"]) == 2
+    assert runner.main(["--profile", "huge", "--only", "5"]) == 2
     printed = capsys.readouterr().err
     assert "unknown profile 'huge': choose from smoke, tiny, wild, paper" in printed
     assert "--only 5: no such notebook; there are 00" in printed
@@ -290,13 +316,53 @@ def test_an_unknown_profile_and_an_unwritable_results_folder_are_refused(home, c
 def test_a_notebook_has_one_parameters_cell(home, capsys, cells):
     write(home, "00_one", *[(PARAMETERS, "parameters")] * (cells - 1), parameters=PARAMETERS)
     if not cells:
-        path = run.NOTEBOOKS / "00_one.ipynb"
+        path = runner.NOTEBOOKS / "00_one.ipynb"
         path.write_text(path.read_text().replace('"parameters"', '"other"'))
     assert main() == 2
-    assert (
-        f"00_one.ipynb: {cells} parameters cells set {['profile', 'seed'] * (cells > 0)}; tag one"
-        in capsys.readouterr().err
-    )
+    names = ["profile", "seed"] if cells else []
+    message = f"00_one.ipynb: {cells} parameters cells set {names}; tag one"
+    assert message in capsys.readouterr().err
+
+
+NOT_DECLARED = declare()
+del NOT_DECLARED["experiments"]
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({}, "metadata.lesslib lacks 'needs'; add it as a list, [] for none"),
+        (NOT_DECLARED, "metadata.lesslib lacks 'experiments'; add it as a list"),
+        (declare(needs="02"), "metadata.lesslib.needs is '02'; give a list of words"),
+        (declare(needs=[2]), "metadata.lesslib.needs is [2]; give a list of words"),
+        (declare(uses=[]), "metadata.lesslib has an unknown field 'uses'; there are needs, exp"),
+        (
+            declare(task_models=["gpt"]),
+            "metadata.lesslib.task_models names 'gpt'; choose from llama, wide, falcon",
+        ),
+    ],
+)
+def test_what_a_notebook_declares_is_checked(home, capsys, declared, message):
+    write(home, "00_one")
+    write(home, "01_two")
+    path = runner.NOTEBOOKS / "01_two.ipynb"
+    node = json.loads(path.read_text())
+    node["metadata"]["lesslib"] = declared
+    write_json(path, node)
+    assert main("--list") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"nothing was run:\n  - 01_two.ipynb: {message}")
+    assert printed.count("\n") == 2
+    # it stands in the way of no other
+    assert main("--list", "--only", "00") == 0
+
+
+@pytest.mark.parametrize("text", ["", '{"cells": []}'])
+def test_a_file_that_is_no_notebook_is_named(home, capsys, text):
+    write(home, "00_one")
+    (runner.NOTEBOOKS / "01_two.ipynb").write_text(text)
+    assert main("--list") == 2
+    assert "\n  - 01_two.ipynb is no notebook with a title" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -312,20 +378,16 @@ def test_a_notebook_has_one_parameters_cell(home, capsys, cells):
 )
 def test_arguments_that_make_no_sense_are_refused(capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
-        run.main(arguments)
+        runner.main(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing_is_named(home, capsys, monkeypatch):
     write(home, "00_one")
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name == "papermill" else True
-    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "papermill" or None)
     assert main() == 2
-    assert (
-        f"{sys.executable} lacks papermill; install what environment.yml lists"
-        in capsys.readouterr().err
-    )
+    message = f"{sys.executable} lacks papermill; install what environment.yml lists"
+    assert message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the ways to run
@@ -337,12 +399,10 @@ def test_from_results_needs_recorded_results_and_computes_nothing(home, capsys):
     os.environ["LESS_LEDGER"] = "left over"
     assert main("--from-results") == 0
     assert out(home, "00_one") == "1 None\n"
-    assert run.Record("smoke", 0).stamps == {}
+    assert RunLog("smoke", 0).stamps == {}
 
 
-def test_notebooks_run_in_this_interpreter_at_the_root_with_their_parameters_whatever_kernels_are_installed(
-    home,
-):
+def test_notebooks_run_in_this_interpreter_at_the_root_whatever_kernels_are_installed(home):
     kernel = home / "share/kernels/python3/kernel.json"
     write_json(
         kernel,
@@ -353,10 +413,9 @@ def test_notebooks_run_in_this_interpreter_at_the_root_with_their_parameters_wha
         },
     )
     os.environ |= {"JUPYTER_PATH": str(home / "share"), "JUPYTER_DATA_DIR": str(home / "share")}
-    found = (
-        "sys.executable, os.getcwd(), lesslib.__file__, profile, seed, os.environ['LESS_PROFILE']"
-    )
-    write(home, "00_one", f"import sys, lesslib\nprint({found}, sep='\\n')")
+    where = "sys.executable, os.getcwd(), lesslib.__file__"
+    parameters = "profile, seed, os.environ['LESS_PROFILE']"
+    write(home, "00_one", f"import sys, lesslib\nprint({where}, {parameters}, sep='\\n')")
     assert main("--seed", "3") == 0
     assert out(home, "00_one").splitlines() == [
         sys.executable,
@@ -376,13 +435,15 @@ def test_refresh_writes_outputs_back_the_same_bytes_each_time(home, profile):
         "import time\nprint('a')\ntime.sleep(0.3)\nprint('b')\n1 + 1",
         VERDICT,
         needs=["00"],
+        text_models=["llama"],
     )
-    source = run.NOTEBOOKS / "00_one.ipynb"
-    given, before = source.read_bytes(), run.Notebook(source).sha256
+    source = runner.NOTEBOOKS / "00_one.ipynb"
+    given = source.read_bytes()
+    sha256 = Notebook.load(source).sha256
     path = source if profile == "tiny" else home / "results/smoke/executed/00_one.ipynb"
-    assert run.main(["--profile", profile, "--refresh"]) == 0
+    assert runner.main(["--profile", profile, "--refresh"]) == 0
     first = path.read_bytes()
-    assert run.main(["--profile", profile, "--refresh"]) == 0
+    assert runner.main(["--profile", profile, "--refresh"]) == 0
     assert path.read_bytes() == first
     assert (source.read_bytes() == given) == (profile == "smoke")
     node = nbformat.reads(first.decode(), 4)
@@ -394,18 +455,18 @@ def test_refresh_writes_outputs_back_the_same_bytes_each_time(home, profile):
         {},
         {"tags": ["nbval-check-output"]},
     ]
-    assert node.metadata.lesslib == {"needs": ["00"], "executed": before, "profile": profile}
+    declared = declare(needs=["00"], text_models=["llama"])
+    assert node.metadata.lesslib == declared | {"executed": sha256, "profile": profile}
     assert str(home) not in first.decode()
 
 
 def test_list_shows_number_title_paper_item_state_and_time(home, capsys, monkeypatch):
     write(home, "00_one", title="First")
     write(home, "01_two", title="Second (Table 2, Figure 3)")
-    record, notebook = run.Record("smoke", 0), run.Notebook(run.NOTEBOOKS / "01_two.ipynb")
-    write_json(record.home / "notebooks/01_two.ipynb", {})
-    notebook.seconds = 90.0
-    record.add(notebook)
-    monkeypatch.setattr(run, "execute", never)
+    run_log = RunLog("smoke", 0)
+    write_json(run_log.home / "notebooks/01_two.ipynb", {})
+    run_log.add(Notebook.load(runner.NOTEBOOKS / "01_two.ipynb"), Outcome(seconds=90.0))
+    monkeypatch.setattr(commands, "execute", never)
     assert main("--list") == 0
     first, second = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
     assert first == ["00", "First", "to run"]
@@ -413,9 +474,9 @@ def test_list_shows_number_title_paper_item_state_and_time(home, capsys, monkeyp
 
 
 def test_progress_is_told_in_words(home, capsys, monkeypatch):
-    monkeypatch.setattr(run, "QUIET_SECONDS", 0.02)
+    monkeypatch.setattr(progress_line, "QUIET_SECONDS", 0.02)
     file = home / "progress.json"
-    with run.watching("[1/5] 03 Tables", file):
+    with progress_line.watching("[1/5] 03 Tables", file):
         write_json(file, ["tables 3/8", "windows 2/4", "about 2.5 min left"])
         time.sleep(0.3)
     printed = capsys.readouterr().out
@@ -425,13 +486,16 @@ def test_progress_is_told_in_words(home, capsys, monkeypatch):
 
 def test_test_hands_over_to_pytest_under_smoke_with_results_elsewhere(home, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        subprocess, "call", lambda command, cwd, env: calls.append((command, env)) or 5
-    )
+
+    def call(command, cwd, env):
+        calls.append((command, env))
+        return 5
+
+    monkeypatch.setattr(subprocess, "call", call)
     write(home, "00_one")
     os.environ["LESS_FROM_RESULTS"] = "1"
-    assert run.main(["--test", "-k", "policies"]) == 5
-    assert run.main(["--lab", "--profile", "wild", "--no-browser"]) == 5
+    assert runner.main(["--test", "-k", "policies"]) == 5
+    assert runner.main(["--lab", "--profile", "wild", "--no-browser"]) == 5
     (pytest_command, env), (lab_command, lab_env) = calls
     assert pytest_command[1:4] == ["-m", "pytest", "tests"]
     how = [
@@ -444,18 +508,17 @@ def test_test_hands_over_to_pytest_under_smoke_with_results_elsewhere(home, monk
         "--dist",
         "loadfile",
     ]
-    assert pytest_command[4:] == [str(run.NOTEBOOKS / "00_one.ipynb"), *how, "-k", "policies"]
+    assert pytest_command[4:] == [str(runner.NOTEBOOKS / "00_one.ipynb"), *how, "-k", "policies"]
     assert (env["LESS_PROFILE"], env.get("LESS_FROM_RESULTS")) == ("smoke", None)
     assert env["LESS_RESULTS"] != os.environ["LESS_RESULTS"]
-    assert lab_command[1:4] == ["-m", "jupyterlab", str(run.NOTEBOOKS)]
+    assert lab_command[1:4] == ["-m", "jupyterlab", str(runner.NOTEBOOKS)]
     assert (lab_command[-1], lab_env["LESS_PROFILE"]) == ("--no-browser", "wild")
 
 
-# ---------------------------------------------------------------- run_all.sh and the list of packages
+# ---------------------------------------------------------------- run_all.sh, list of packages
 def pins() -> dict[str, str]:
-    return dict(
-        re.findall(r"^ +- ([\w-]+)==(\S+)  # \S", (ROOT / "environment.yml").read_text(), re.M)
-    )
+    text = (ROOT / "environment.yml").read_text()
+    return dict(re.findall(r"^ +- ([\w-]+)==(\S+)  # \S", text, re.M))
 
 
 def test_every_package_is_pinned_once_with_a_reason_within_the_ranges_of_pyproject():
@@ -463,14 +526,12 @@ def test_every_package_is_pinned_once_with_a_reason_within_the_ranges_of_pyproje
     assert len(pins()) == len(re.findall("==", text)) > 0
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert [r.split("[")[0] for r in extras.pop("harness")] == [
-        "lm_eval"
-    ]  # no notebook and no test needs it: left to those who use it
-    ranges = [
-        Requirement(r) for group in (project["dependencies"], *extras.values()) for r in group
-    ]
-    wrong = [str(r) for r in ranges if r.name not in pins() or pins()[r.name] not in r.specifier]
-    assert wrong == []
+    # no notebook and no test needs it: left to those who use it
+    assert [r.split("[")[0] for r in extras.pop("harness")] == ["lm_eval"]
+    ranges = itertools.chain(project["dependencies"], *extras.values())
+    for requirement in map(Requirement, ranges):
+        assert requirement.name in pins()
+        assert pins()[requirement.name] in requirement.specifier
 
 
 def shell(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess:
@@ -484,17 +545,19 @@ def shell(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProc
 def test_less_python_is_used_or_refused_with_a_reason(home):
     assert subprocess.run(["bash", "-n", str(ROOT / "run_all.sh")]).returncode == 0
     done = shell(ROOT, "--only", "99", LESS_PYTHON=sys.executable)
-    assert (done.returncode, "--only 99: no such notebook" in done.stderr) == (2, True)
+    assert done.returncode == 2
+    assert "--only 99: no such notebook" in done.stderr
     done = shell(ROOT, LESS_PYTHON="/bin/false")
-    assert (
-        done.returncode,
-        "LESS_PYTHON=/bin/false is not a Python 3.11 or newer" in done.stderr,
-    ) == (2, True)
+    assert done.returncode == 2
+    assert "LESS_PYTHON=/bin/false is not a Python 3.11 or newer" in done.stderr
 
 
 @pytest.fixture
 def clone(home):
-    """run_all.sh with a python3 that only writes down what it is asked to do; `no-python` and `no-pip` make it refuse."""
+    """run_all.sh with a python3 that only writes down what it is asked to do.
+
+    Files `no-python` and `no-pip` make it refuse.
+    """
     for name in ("run_all.sh", "environment.yml", "pyproject.toml"):
         (home / "clone").mkdir(exist_ok=True)
         shutil.copy(ROOT / name, home / "clone" / name)
@@ -549,7 +612,8 @@ def test_an_activated_conda_environment_is_used_when_it_has_the_packages(home, c
     shutil.copy(home / "bin/python3", home / "conda/bin/python")
     assert clone("--list", CONDA_PREFIX=str(home / "conda")) == (0, "", ["-m lesslib.run --list"])
     assert not (home / "clone/.venv").exists()
-    (home / "conda/bin/python").write_text("#!/bin/sh\nexit 1\n")  # lacks them
+    # one that lacks them
+    (home / "conda/bin/python").write_text("#!/bin/sh\nexit 1\n")
     assert clone("--list", CONDA_PREFIX=str(home / "conda"))[2][0].startswith("-m venv")
 
 
@@ -568,48 +632,51 @@ def test_a_folder_of_models_that_is_not_there_is_named(home, capsys, monkeypatch
     assert f"LESS_MODELS={home / 'nowhere'} is not a folder; correct it" in capsys.readouterr().err
 
 
-def test_notebooks_of_random_weights_need_neither_models_nor_texts(home, monkeypatch):
+def test_notebooks_that_name_no_model_need_neither_models_nor_texts(home, monkeypatch):
     monkeypatch.setattr(data, "hub_reachable", lambda: False)
     monkeypatch.setattr("lesslib.models.folder_of", lambda name: None)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(data, "missing", lambda name: f"corpus {name!r} is missing")
-    write(home, "00_one", "1 + 1  # serving.latency(profile, seed)")
+    write(home, "00_one", "1 + 1", experiments=["latency"])
     assert main() == 0
-    write(
-        home, "00_one", "1 + 1  # serving.latency(profile, seed), experiments.tour(profile, seed)"
-    )
+    write(home, "00_one", "1 + 2", experiments=["latency", "tour"], text_models=["llama"])
     assert main() == 2
 
 
+@pytest.mark.parametrize("declared", [{"task_models": ["llama"]}, {"text_models": ["llama"]}])
+def test_tasks_are_looked_for_where_a_model_answers_them(home, capsys, monkeypatch, declared):
+    monkeypatch.setattr("lesslib.data.tasks.missing", lambda name: f"task {name!r} is missing")
+    write(home, "00_one", **declared)
+    assert main() == (2 if "task_models" in declared else 0)
+    is_named = "task 'yes_no' is missing" in capsys.readouterr().err
+    assert is_named == ("task_models" in declared)
+
+
 @pytest.mark.parametrize(
-    ("cell", "models"),
+    ("declared", "models"),
     [
-        ("1 + 1", {"llama"}),
-        ("downstream.classification(profile, seed)", {"llama", "llama of tasks"}),
+        ({"text_models": ["llama"]}, {"llama"}),
+        ({"task_models": ["llama"]}, {"llama of tasks"}),
+        ({"text_models": ["llama"], "task_models": ["wide"]}, {"llama", "wide of tasks"}),
+        ({"task_models": ["llama", "falcon"]}, {"llama of tasks", "falcon of tasks"}),
+        ({"text_models": ["llama", "falcon"]}, {"llama", "falcon"}),
         (
-            'downstream.summarization(profile, "wide", seed)',
-            {"llama", "llama of tasks", "wide of tasks"},
+            {"text_models": ["llama", "falcon"], "task_models": ["llama"]},
+            {"llama", "llama of tasks", "falcon"},
         ),
-        (
-            'downstream.summarization(profile, "falcon", seed)',
-            {"llama", "llama of tasks", "falcon of tasks"},
-        ),
-        ("experiments.multi_query(profile, seed)", {"llama", "falcon"}),
-        ("downstream.attention_maps(profile, seed)", {"llama", "llama of tasks", "falcon"}),
     ],
 )
 def test_the_models_that_notebooks_use_are_looked_for_before_a_run(
-    home, capsys, monkeypatch, cell, models
+    home, capsys, monkeypatch, declared, models
 ):
     monkeypatch.setattr(data, "hub_reachable", lambda: False)
     monkeypatch.setattr("lesslib.models.folder_of", lambda name: None)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
-    write(home, "00_one", cell)
+    write(home, "00_one", **declared)
     assert main() == 2
-    names = {
-        **profiles.roles("smoke"),
-        **{f"{role} of tasks": m for role, m in profiles.roles("smoke", tasks=True).items()},
-    }
-    assert set(re.findall(r"model '([\w-]+)': not on this machine", capsys.readouterr().err)) == {
-        names[m] for m in models
-    }
+    names = profiles.roles("smoke")
+    for role, model in profiles.roles("smoke", tasks=True).items():
+        names[f"{role} of tasks"] = model
+    printed = capsys.readouterr().err
+    missing = re.findall(r"model '([\w-]+)': not on this machine", printed)
+    assert set(missing) == {names[model] for model in models}

@@ -1,4 +1,7 @@
-"""A Falcon grown out of a Llama: what turning heads keeps, that it begins as the Llama, and that its heads become one."""
+"""A Falcon grown out of a Llama: turning heads keeps attention, it begins as the Llama.
+
+And its heads become one.
+"""
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ from lesslib.zoo.grow import grown_falcon, merge_heads, multi_query, turned
 
 @pytest.fixture
 def llama():
-    """A random Llama whose residual stream has mean 0, where Falcon's layer norms equal its RMS norms, and whose MLPs give 0."""
+    """A random Llama whose residual stream has mean 0, and whose MLPs give 0.
+
+    With mean 0, Falcon's layer norms equal its RMS norms.
+    """
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -27,9 +33,8 @@ def llama():
         )
     ).eval()
     embeddings = model.get_input_embeddings().weight.data
-    embeddings -= (1 - 1e-5) * embeddings.mean(
-        1, keepdim=True
-    )  # not quite: inputs must span all dimensions
+    # not quite: inputs must span all dimensions
+    embeddings -= (1 - 1e-5) * embeddings.mean(1, keepdim=True)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data -= layer.self_attn.o_proj.weight.data.mean(0)
         layer.mlp.down_proj.weight.data.zero_()
@@ -74,7 +79,10 @@ def test_turned_heads_attend_alike(rank):
 
 
 def test_heads_that_are_one_already_but_for_a_turn_meet():
-    """Keys that differ by a rotation and a scale for each frequency, and values by an invertible map, become equal."""
+    """Keys and values become equal.
+
+    They differ by a rotation and a scale for each frequency, and by an invertible map.
+    """
     torch.manual_seed(0)
     E, H, D = 20, 3, 4
     base, x = torch.randn(D, E, dtype=torch.float64), torch.randn(300, E, dtype=torch.float64)
@@ -92,7 +100,10 @@ def test_heads_that_are_one_already_but_for_a_turn_meet():
 
 
 def test_each_layer_gets_its_own(llama, monkeypatch):
-    """MLP i learns what MLP i of the Llama gives, and the attention beside it begins with the next directions, read through its norm."""
+    """MLP i learns what MLP i of the Llama gives.
+
+    The attention beside it begins with the next directions, read through its norm.
+    """
     fits = []
     monkeypatch.setattr(grow, "fit_mlp", lambda mine, its, x, y: fits.append((mine, its, x, y)))
     for layer in llama.model.layers:
@@ -137,31 +148,30 @@ def test_it_begins_as_the_llama_and_ends_multi_query(llama, monkeypatch):
         with pytest.raises(ValueError, match="apart: merge them all the way first"):
             multi_query(falcon)
         merge_heads(falcon, 0.5)
-        assert (
-            falcon(input_ids=ids, use_cache=False).logits - wanted
-        ).abs().max() > 1e-2  # they differed
+        # they differed
+        halfway = falcon(input_ids=ids, use_cache=False).logits
+        assert (halfway - wanted).abs().max() > 1e-2
         merge_heads(falcon, 1.0)
         weight = falcon.transformer.h[1].self_attention.query_key_value.weight
-        kept, weight.data[8, 0] = weight.data[8, 0].clone(), torch.nan  # of a key
+        # of a key
+        kept = weight.data[8, 0].clone()
+        weight.data[8, 0] = torch.nan
         with pytest.raises(ValueError, match="nan apart"):
             multi_query(falcon)
         weight.data[8, 0] = kept
         one = multi_query(falcon).eval()
         assert one.config.multi_query
         assert one.num_parameters() < falcon.num_parameters()
-        assert (
-            one(input_ids=ids, use_cache=False).logits
-            - falcon(input_ids=ids, use_cache=False).logits
-        ).abs().max() < 1e-4
+        merged, single = (m(input_ids=ids, use_cache=False).logits for m in (falcon, one))
+        assert (single - merged).abs().max() < 1e-4
 
 
 def test_heads_move_by_their_shares(llama, monkeypatch):
     monkeypatch.setattr(grow, "FIT", 2)
     falcon = grown_falcon(llama, windows(), seed=0)
     attention = falcon.transformer.h[1].self_attention
-    before = (
-        attention.query_key_value.weight.detach().unflatten(0, (3, 3, 8)).clone()
-    )  # head, query/key/value
+    # head, query/key/value
+    before = attention.query_key_value.weight.detach().unflatten(0, (3, 3, 8)).clone()
     merge_heads(falcon, 0.25)
     after = attention.query_key_value.weight.detach().unflatten(0, (3, 3, 8))
     assert torch.equal(after[:, 0], before[:, 0])

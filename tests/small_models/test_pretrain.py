@@ -1,6 +1,11 @@
-"""Pretraining: what is held out, what a window is, and that an interrupted run ends where an uninterrupted one does."""
+"""Pretraining: what is held out, what a window is, how the loss weighs.
 
+And that an interrupted run ends where an uninterrupted one does.
+"""
+
+import dataclasses
 import gzip
+import importlib
 import json
 import math
 
@@ -11,9 +16,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lesslib.data import load_corpus
 from lesslib.models import load_model
-from lesslib.zoo import pretrain as module
-from lesslib.zoo.pretrain import Windows, pretrain, split, token_file, weighted_loss
+from lesslib.zoo import pretrain as command
+from lesslib.zoo import run
+from lesslib.zoo.loss import TRUTH, answer_weights, distilled_loss, weighted_loss
+from lesslib.zoo.pretrain import pretrain
+from lesslib.zoo.run import Settings
+from lesslib.zoo.starts import GROWN, new_wide
+from lesslib.zoo.text import HELD_OUT, MIX, Windows, split, token_file
 
+# six steps of two windows of 32
 SETTINGS = {
     "minutes": math.inf,
     "tokens": 6 * 2 * 32,
@@ -21,7 +32,12 @@ SETTINGS = {
     "lr": 1e-2,
     "seed": 3,
     "windows": 4,
-}  # six steps of two windows of 32
+}
+
+
+def pretrained(start, out, **changes):
+    """`pretrain` with SETTINGS but for the `changes`; the card."""
+    return pretrain(Settings(start=start, out=out, **SETTINGS | changes))
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +76,9 @@ def corpora(tmp_path, monkeypatch):
         )
     monkeypatch.setenv("LESS_DATA", str(tmp_path))
     monkeypatch.setattr("lesslib.data.corpora.LESSONS", 20)
-    monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: False
-    )  # equality to the bit is promised on CPU
-    return {name: load_corpus(name) for name in module.MIX}
+    # equality to the bit is promised on CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return {name: load_corpus(name) for name in MIX}
 
 
 def weights(folder):
@@ -73,7 +88,7 @@ def weights(folder):
 def test_the_split_holds_out_the_same_documents_every_time(corpora):
     train, held = split(corpora)
     assert (train, held) == split(corpora)
-    for name, count in module.HELD_OUT.items():
+    for name, count in HELD_OUT.items():
         assert len(held[name]) == count
         assert {d.title for d in held[name]}.isdisjoint(d.title for d in train[name])
         assert len(train[name]) + count == len(corpora[name].documents)
@@ -85,13 +100,12 @@ def test_the_split_holds_out_the_same_documents_every_time(corpora):
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     start, corpora, tmp_path, monkeypatch, capsys, kind, begun
 ):
-    monkeypatch.setattr("lesslib.grow.FIT", 2)
-    grown = (
-        module.GROWN,
-        SETTINGS | {"teacher": start, "merge": 0.9},
-    )  # its heads meet at the fifth step
-    given, settings = (start, SETTINGS) if begun == "continued" else grown
-    whole = pretrain(given, tmp_path / "whole", **settings)
+    monkeypatch.setattr("lesslib.zoo.grow.FIT", 2)
+    begin, changes = start, {}
+    if begun == "grown":
+        # its heads meet at the fifth step
+        begin, changes = GROWN, {"teacher": start, "merge": 0.9}
+    whole = pretrained(begin, tmp_path / "whole", **changes)
     saves = []
 
     def save(path, state):
@@ -108,38 +122,37 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
         return clip_grad_norm(parameters, norm)
 
     with monkeypatch.context() as patch:
-        write, clip_grad_norm = module.write_torch, torch.nn.utils.clip_grad_norm_
-        patch.setattr(module, "write_torch", save)
+        write, clip_grad_norm = run.write_torch, torch.nn.utils.clip_grad_norm_
+        patch.setattr(run, "write_torch", save)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
         with pytest.raises((KeyboardInterrupt, RuntimeError)):
-            pretrain(given, tmp_path / "cut", **settings, save_every=0)
+            pretrained(begin, tmp_path / "cut", **changes, save_every=0)
     assert saves == [1, 2, 3]
-    cut = pretrain(given, tmp_path / "cut", **settings)
+    cut = pretrained(begin, tmp_path / "cut", **changes)
     assert "resumed at step 3" in capsys.readouterr().out
     assert cut["heldout_loss_by_position"] == whole["heldout_loss_by_position"]
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(one[n], other[n]) for n in one)
     if begun == "grown":
-        assert one["transformer.h.1.self_attention.query_key_value.weight"].shape == (
-            2 * 4 + 2 * 4,
-            8,
-        )  # two queries, one key, one value
-        pretrain(given, tmp_path / "still", **settings | {"lr": 0.0})
+        # two queries, one key, one value
+        qkv = one["transformer.h.1.self_attention.query_key_value.weight"]
+        assert qkv.shape == (2 * 4 + 2 * 4, 8)
+        pretrained(begin, tmp_path / "still", **changes, lr=0.0)
         still = weights(tmp_path / "still")
-        assert all((one[n] - still[n]).abs().max() > 0 for n in one)  # and it did train
+        # and it did train
+        assert all((one[n] - still[n]).abs().max() > 0 for n in one)
     else:
         before = load_model(start, "cpu")[0].state_dict()
-        assert any(
-            not torch.equal(one[n], before[n].half().float()) for n in one
-        )  # and it did train
+        # and it did train
+        assert any(not torch.equal(one[n], before[n].half().float()) for n in one)
 
 
 @pytest.mark.parametrize(
     ("given", "merge", "minutes"),
     [
-        (module.GROWN, 0.0, math.inf),
-        (module.GROWN, 1.0, math.inf),
-        (module.GROWN, 0.5, 60),
+        (GROWN, 0.0, math.inf),
+        (GROWN, 1.0, math.inf),
+        (GROWN, 0.5, 60),
         (None, 0.5, math.inf),
         (None, 1.0, math.inf),
     ],
@@ -147,11 +160,10 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
 def test_merging_belongs_to_a_grown_model_that_tokens_end(start, tmp_path, given, merge, minutes):
     with pytest.raises(
         ValueError,
-        match=f"--merge {merge:g}: grown-falcon needs a teacher, --minutes inf and a merge between 0 and 1",
+        match=f"--merge {merge:g}: grown-falcon needs a teacher, --minutes inf and a merge between "
+        "0 and 1",
     ):
-        pretrain(
-            given or start, tmp_path, **SETTINGS | {"minutes": minutes}, teacher=start, merge=merge
-        )
+        pretrained(given or start, tmp_path, minutes=minutes, teacher=start, merge=merge)
     assert not list(tmp_path.iterdir())
 
 
@@ -160,40 +172,39 @@ def test_a_falcon_does_not_grow_out_of_any_model(tmp_path):
         ValueError,
         match="no Falcon grows out of this model: it has model_type='falcon', not 'llama'",
     ):
-        pretrain(module.GROWN, tmp_path, **SETTINGS, teacher="pico-falcon", merge=0.5)
+        pretrained(GROWN, tmp_path, teacher="pico-falcon", merge=0.5)
     assert not list(tmp_path.iterdir())
 
 
 def test_heads_meet_at_their_step_and_the_rate_decays_after_it(
     start, corpora, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lesslib.grow.FIT", 2)
-    parts, rates, merge, step = [], [], module.merge_heads, torch.optim.AdamW.step
+    monkeypatch.setattr("lesslib.zoo.grow.FIT", 2)
+    parts, rates, merge, step = [], [], run.merge_heads, torch.optim.AdamW.step
     monkeypatch.setattr(
-        module, "merge_heads", lambda model, part: (parts.append(part), merge(model, part))
+        run, "merge_heads", lambda model, part: (parts.append(part), merge(model, part))
     )
     monkeypatch.setattr(
         torch.optim.AdamW,
         "step",
         lambda self: (rates.append(self.param_groups[0]["lr"]), step(self)),
     )
-    pretrain(module.GROWN, tmp_path, **SETTINGS, teacher=start, merge=0.5)
+    pretrained(GROWN, tmp_path, teacher=start, merge=0.5)
     assert parts == pytest.approx([1 / 3, 1 / 2, 1, 1, 1, 1])
-    warm = [
-        rate / min(1, (i + 1) / 100) / SETTINGS["lr"] for i, rate in enumerate(rates[-6:])
-    ]  # the fit of MLPs has its own
+    # the fit of MLPs has its own
+    warm = [rate / min(1, (i + 1) / 100) / SETTINGS["lr"] for i, rate in enumerate(rates[-6:])]
     assert warm == pytest.approx([1, 1, 1, 1, 0.01 + 0.99 * 2 / 3, 0.01 + 0.99 / 3])
 
 
 def test_a_checkpoint_of_before_there_were_teachers_goes_on(start, corpora, tmp_path):
-    pretrain(start, tmp_path, **SETTINGS)
+    pretrained(start, tmp_path)
     state = torch.load(tmp_path / "checkpoint.pt")
     for name in ("teacher", "merge", "merge_steps"):
         del state["settings"][name]
     torch.save(state, tmp_path / "checkpoint.pt")
-    pretrain(start, tmp_path, **SETTINGS)
+    pretrained(start, tmp_path)
     with pytest.raises(ValueError, match="was made with another teacher: repeat its settings"):
-        pretrain(start, tmp_path, **SETTINGS, teacher="pico-llama")
+        pretrained(start, tmp_path, teacher="pico-llama")
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(start, tmp_path):
@@ -206,52 +217,54 @@ def test_a_teacher_of_another_vocabulary_is_refused(start, tmp_path):
         ValueError,
         match=r"teacher .*foreign.* has another vocabulary than .*: give one of the same tokenizer",
     ):
-        pretrain(start, tmp_path / "out", **SETTINGS, teacher=str(foreign))
+        pretrained(start, tmp_path / "out", teacher=str(foreign))
 
 
 def test_a_teacher_counts_beside_the_text():
-    """On its own logits a model's loss is the teacher's entropy and TRUTH times its loss on the text, weights as without a teacher."""
+    """On its own logits a model's loss is the teacher's entropy and TRUTH times that on the text.
+
+    Weights are as without a teacher.
+    """
     generator = torch.Generator().manual_seed(0)
-    logits, ids = (
-        torch.randn(2, 9, 5, generator=generator),
-        torch.randint(0, 5, (2, 9), generator=generator),
-    )
+    logits = torch.randn(2, 9, 5, generator=generator)
+    ids = torch.randint(0, 5, (2, 9), generator=generator)
     p = logits[:, :-1].softmax(-1)
     weights = torch.ones(2, 8)
     for b in range(2):
         inside = False
         for t in range(8):
-            inside = ids[b, t] == 3 or (inside and ids[b, t] != 4)  # 3 for a colon, 4 for a newline
+            # 3 for a colon, 4 for a newline
+            inside = ids[b, t] == 3 or (inside and ids[b, t] != 4)
             weights[b, t] = 7.0 if inside else 1.0
     entropy = ((-(p * p.log()).sum(-1)) * weights).sum() / weights.sum()
-    text = weighted_loss(logits, ids, 3, 4, 7.0)
-    assert weighted_loss(logits, ids, 3, 4, 7.0, logits).item() == pytest.approx(
-        (entropy + module.TRUTH * text).item(), rel=1e-5
+    by_answers = answer_weights(ids, 3, 4, 7.0)
+    of_text = weighted_loss(logits, ids, by_answers)
+    assert distilled_loss(logits, ids, by_answers, logits).item() == pytest.approx(
+        (entropy + TRUTH * of_text).item(), rel=1e-5
     )
 
 
 def test_the_learning_rate_does_not_follow_the_clock_while_tokens_bind(
     start, corpora, tmp_path, monkeypatch
 ):
-    pretrain(start, tmp_path / "fast", **SETTINGS)
+    pretrained(start, tmp_path / "fast")
     clock = iter(range(0, 10_000, 2))
-    monkeypatch.setattr(
-        module.time, "time", lambda: float(next(clock))
-    )  # every look at the clock takes two seconds
-    pretrain(start, tmp_path / "slow", **SETTINGS | {"minutes": 60})
+    # every look at the clock takes two seconds
+    monkeypatch.setattr(run.time, "time", lambda: float(next(clock)))
+    pretrained(start, tmp_path / "slow", minutes=60)
     one, other = weights(tmp_path / "fast"), weights(tmp_path / "slow")
     assert all(torch.equal(one[n], other[n]) for n in one)
-    card = pretrain(start, tmp_path / "short", **SETTINGS | {"minutes": 0.2})  # 12 seconds
+    card = pretrained(start, tmp_path / "short", minutes=0.2)  # 12 seconds
     assert 0 < card["steps"] < 6
 
 
 def test_a_finished_run_is_not_trained_further_and_its_card_tells_of_it(
     start, corpora, tmp_path, monkeypatch
 ):
-    card = pretrain(start, tmp_path, **SETTINGS)
+    card = pretrained(start, tmp_path)
     first = weights(tmp_path)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: pytest.fail("a step after the end"))
-    again = pretrain(start, tmp_path, **SETTINGS)
+    again = pretrained(start, tmp_path)
     assert {**card, "minutes": 0} == {**again, "minutes": 0}
     assert all(
         torch.equal(a, b) for a, b in zip(first.values(), weights(tmp_path).values(), strict=True)
@@ -265,29 +278,28 @@ def test_a_finished_run_is_not_trained_further_and_its_card_tells_of_it(
     }
     for losses in card["heldout_loss_by_position"].values():
         assert set(losses) == {"wikipedia", "novels", "topics"}
-        assert losses["novels"]["by_position"] == [
-            pytest.approx(losses["novels"]["all"], abs=1e-4)
-        ]  # 31 positions lie in one bin
+        # 31 positions lie in one bin
+        assert losses["novels"]["by_position"] == [pytest.approx(losses["novels"]["all"], abs=1e-4)]
 
 
 def test_checkpoints_that_do_not_fit_are_refused(start, corpora, tmp_path):
-    pretrain(start, tmp_path, **SETTINGS)
+    pretrained(start, tmp_path)
     for change in ({"lr": 2e-2}, {"batch": 1}, {"seed": 4}):
         with pytest.raises(
             ValueError, match=rf"checkpoint\.pt was made with another {next(iter(change))}"
         ):
-            pretrain(start, tmp_path, **SETTINGS | change)
+            pretrained(start, tmp_path, **change)
     checkpoint = tmp_path / "checkpoint.pt"
     for content in (checkpoint.read_bytes()[:5000], b"", b"no checkpoint"):
         checkpoint.write_bytes(content)
         with pytest.raises(
             ValueError, match=r"checkpoint\.pt is damaged .*delete it to start over"
         ):
-            pretrain(start, tmp_path, **SETTINGS)
+            pretrained(start, tmp_path)
 
 
 def test_text_that_does_not_suffice_is_refused(corpora, monkeypatch):
-    monkeypatch.setitem(module.HELD_OUT, "novels", 5)
+    monkeypatch.setitem(HELD_OUT, "novels", 5)
     with pytest.raises(ValueError, match="'novels' has 5 documents and 5 are held out"):
         split(corpora)
     with pytest.raises(ValueError, match="no held-out document fills a window of 9 tokens"):
@@ -296,7 +308,7 @@ def test_text_that_does_not_suffice_is_refused(corpora, monkeypatch):
 
 def test_a_diverged_run_stops_and_says_what_to_lower(start, corpora, tmp_path):
     with pytest.raises(FloatingPointError, match=r"lower --lr from 1e\+20"):
-        pretrain(start, tmp_path, **SETTINGS | {"lr": 1e20, "tokens": 60 * 2 * 32})
+        pretrained(start, tmp_path, lr=1e20, tokens=60 * 2 * 32)
 
 
 # ---------------------------------------------------------------- tokens and windows
@@ -342,8 +354,10 @@ def test_windows_stay_inside_documents_that_are_long_enough():
 def test_the_card_holds_the_mean_loss_by_position_over_the_held_out_windows(
     start, corpora, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lesslib.evaluate.POSITION_BIN", 16)
-    card = pretrain(start, tmp_path, **SETTINGS)
+    # the package has a function of the module's name
+    module = importlib.import_module("lesslib.evaluation.perplexity")
+    monkeypatch.setattr(module, "POSITION_BIN", 16)
+    card = pretrained(start, tmp_path)
     model, tokenizer = load_model(start, "cpu")
     for name, documents in split(corpora)[1].items():
         windows = Windows(
@@ -360,13 +374,13 @@ def test_the_card_holds_the_mean_loss_by_position_over_the_held_out_windows(
 
 
 def test_what_follows_a_colon_in_its_line_counts_as_often_as_asked():
-    colon, newline, ids = 1, 2, torch.randint(3, 9, (2, 12))
-    ids[0, [2, 4, 7, 9]] = torch.tensor(
-        [newline, colon, newline, newline]
-    )  # tokens 5, 6 and 7 follow
-    ids[1, [0, 1, 8]] = torch.tensor(
-        [colon, newline, colon]
-    )  # the newline itself, and 9 to the end
+    colon = 1
+    newline = 2
+    ids = torch.randint(3, 9, (2, 12))
+    # tokens 5, 6 and 7 follow
+    ids[0, [2, 4, 7, 9]] = torch.tensor([newline, colon, newline, newline])
+    # the newline itself, and 9 to the end
+    ids[1, [0, 1, 8]] = torch.tensor([colon, newline, colon])
     weights = torch.ones(2, 11)
     weights[0, [4, 5, 6]] = weights[1, [0, 8, 9, 10]] = 10
     logits = torch.randn(2, 12, 9)
@@ -377,13 +391,14 @@ def test_what_follows_a_colon_in_its_line_counts_as_often_as_asked():
         (10.0, (losses * weights).sum() / weights.sum()),
         (1.0, losses.mean()),
     ):
-        assert weighted_loss(logits, ids, colon, newline, weight).item() == pytest.approx(
+        by_answers = answer_weights(ids, colon, newline, weight)
+        assert weighted_loss(logits, ids, by_answers).item() == pytest.approx(
             expected.item(), rel=1e-5
         )
 
 
 def test_stories_take_their_share_and_their_answers_count(start, corpora, tmp_path):
-    card = pretrain(start, tmp_path / "stories", **SETTINGS, stories=0.5, answers=5.0)
+    card = pretrained(start, tmp_path / "stories", stories=0.5, answers=5.0)
     assert {name: d["share"] for name, d in card["data"].items()} == {
         "wikipedia": 0.285,
         "novels": 0.19,
@@ -397,72 +412,70 @@ def test_stories_take_their_share_and_their_answers_count(start, corpora, tmp_pa
         "topics",
         "stories",
     }
-    pretrain(start, tmp_path / "even", **SETTINGS, stories=0.5)
+    pretrained(start, tmp_path / "even", stories=0.5)
     one, other = weights(tmp_path / "stories"), weights(tmp_path / "even")
     assert any(not torch.equal(one[n], other[n]) for n in one)
     with pytest.raises(ValueError, match=r"was made with another answers"):
-        pretrain(start, tmp_path / "stories", **SETTINGS, stories=0.5)
+        pretrained(start, tmp_path / "stories", stories=0.5)
 
 
 def test_echoes_say_a_stretch_over_and_over(start, corpora, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        module,
+        run,
         "weighted_loss",
         lambda logits, ids, *rest: seen.append(ids) or weighted_loss(logits, ids, *rest),
     )
-    card = pretrain(start, tmp_path / "echoes", **SETTINGS, echoes=0.999999)
+    card = pretrained(start, tmp_path / "echoes", echoes=0.999999)
     assert card["command"].endswith("--echoes 0.999999")
     rows = torch.cat(seen)
     assert rows.shape == (12, 32)
     assert (rows[:, 0] == 0).all()
-    assert all(
-        any(torch.equal(row[1 + n :], row[1:-n]) for n in range(1, 9)) for row in rows
-    )  # 31 tokens, stretches of 8 at the most
+    # 31 tokens, stretches of 8 at the most
+    for row in rows:
+        assert any(torch.equal(row[1 + n :], row[1:-n]) for n in range(1, 9))
     with pytest.raises(ValueError, match=r"was made with another echoes"):
-        pretrain(start, tmp_path / "echoes", **SETTINGS)
+        pretrained(start, tmp_path / "echoes")
 
 
 def test_the_command_line_passes_every_setting(monkeypatch, tmp_path):
-    seen = {}
-    monkeypatch.setattr(module, "pretrain", lambda **settings: seen.update(settings))
-    monkeypatch.setattr(module, "keep_memory", lambda: None)
+    seen = []
+    monkeypatch.setattr(command, "pretrain", seen.append)
+    monkeypatch.setattr(command, "keep_memory", lambda: None)
     monkeypatch.setattr(
         "sys.argv",
         f"pretrain --start a --out {tmp_path} --minutes inf --lr 0.1 --windows 5".split(),
     )
-    module.main()
-    assert seen == {
-        "start": "a",
-        "out": tmp_path,
-        "minutes": math.inf,
-        "tokens": 100_000_000,
-        "batch": 8,
-        "lr": 0.1,
-        "seed": 0,
-        "windows": 5,
-        "stories": 0.0,
-        "answers": 1.0,
-        "echoes": 0.0,
-        "teacher": "",
-        "merge": 0.0,
-        "save_every": 240,
-    }
+    command.main()
+    assert [dataclasses.asdict(settings) for settings in seen] == [
+        {
+            "start": "a",
+            "out": tmp_path,
+            "minutes": math.inf,
+            "tokens": 100_000_000,
+            "batch": 8,
+            "lr": 0.1,
+            "seed": 0,
+            "windows": 5,
+            "stories": 0.0,
+            "answers": 1.0,
+            "echoes": 0.0,
+            "teacher": "",
+            "merge": 0.0,
+            "save_every": 240,
+        }
+    ]
 
 
 def test_the_wide_model_begins_as_the_same_function_of_twice_the_parameters():
-    llama, wide = load_model("pico-llama-stories", "cpu")[0], module.new_wide(0)[0].eval()
+    llama, wide = load_model("pico-llama-stories", "cpu")[0], new_wide(0)[0].eval()
     assert 1.8 < wide.num_parameters() / llama.num_parameters() < 2.2
     ids = torch.randint(4096, (2, 40), generator=torch.Generator().manual_seed(0))
     out = wide(ids).logits
     torch.testing.assert_close(out, llama(ids).logits, atol=2e-5, rtol=1e-5)
     out.square().mean().backward()
-    for (
-        name,
-        old,
-    ) in (
-        llama.named_parameters()
-    ):  # and what was added can learn: its outputs' weights have gradients
+    # and what was added can learn: its outputs' weights have gradients
+    for name, old in llama.named_parameters():
         added = wide.get_parameter(name).grad
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             assert added[:, old.shape[1] :].abs().min() > 0

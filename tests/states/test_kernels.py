@@ -1,4 +1,6 @@
-"""The feature maps phi and psi, the Performer baseline, and checkpoints: what they hold and what a wrong one says."""
+"""The feature maps phi and psi, the Performer baseline, and checkpoints: what they hold and what
+a wrong one says.
+"""
 
 import json
 
@@ -100,7 +102,9 @@ def test_features_of_half_precision_inputs_are_float32(dtype, kernels):
 
 @pytest.mark.parametrize("R", [8, 20])
 def test_performer_is_an_unbiased_estimate_of_the_softmax_kernel(R):
-    """The mean over 4000 independent draws of directions lies within 5 standard errors of exp(q k / sqrt D)."""
+    """The mean over 4000 independent draws of directions lies within 5 standard errors of exp(q k
+    / sqrt D).
+    """
     generator, D = torch.Generator().manual_seed(0), 6
     q, k = (0.8 * torch.randn(1, h, 5, D, generator=generator) for h in (2, 1))
     draws = []

@@ -1,4 +1,6 @@
-"""Ranks of torchrun: they share layers and batches, end with what one process gives, and what a killed one leaves is taken up."""
+"""Ranks of torchrun: they share layers and batches, end with what one process gives, and what a
+killed one leaves is taken up.
+"""
 
 import contextlib
 import json
@@ -16,8 +18,7 @@ import torch
 
 from lesslib import H2O
 from lesslib.states import Kernels
-from lesslib.training import train as training
-from lesslib.training.train import Recipe, train
+from lesslib.training import Recipe, all_layers, command, parts, share, train
 from lesslib.util import ranks
 from lesslib.util.paths import ROOT
 from lesslib.util.progress import progress
@@ -34,7 +35,9 @@ SMALL = {
     "device": "cpu",
     "memory-gib": 1e-9,
 }
-LIMIT = 120  # seconds; a start takes 10
+
+# Seconds; a start takes 10.
+LIMIT = 120
 
 
 @pytest.fixture(autouse=True)
@@ -56,19 +59,23 @@ def parts_of(out: Path) -> Path:
 
 
 def same(a: Kernels, b: Kernels) -> bool:
-    one, other = a.state_dict(), b.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    weights = a.state_dict()
+    others = b.state_dict()
+    if weights.keys() != others.keys():
+        return False
+    return all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def workers(agent: subprocess.Popen) -> dict[str, int]:
     """{rank: process id} of what torchrun started."""
-    found = {}
+    pids = {}
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                found |= {w[5:].decode(): int(pid) for w in words if w.startswith(b"RANK=")}
-    return found
+                for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    if word.startswith(b"RANK="):
+                        pids[word.removeprefix(b"RANK=").decode()] = int(pid)
+    return pids
 
 
 @contextlib.contextmanager
@@ -94,9 +101,10 @@ def torchrun(log: Path, *command):
     try:
         yield agent
     finally:
-        for pid in (*workers(agent).values(), agent.pid) if agent.poll() is None else ():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if agent.poll() is None:
+            for pid in (*workers(agent).values(), agent.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         agent.wait()
 
 
@@ -105,14 +113,15 @@ def run(log: Path, *command) -> list[str]:
     with torchrun(log, *command) as agent:
         assert agent.wait(LIMIT) == 0, log.read_text()
     lines = log.read_text().splitlines()
-    assert sum(line.startswith("saved") for line in lines) <= 1  # rank 0 alone speaks of the whole
+    # Rank 0 alone speaks of the whole.
+    assert sum(line.startswith("saved") for line in lines) <= 1
     return sorted(line for line in lines if line.startswith("rank "))
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Kernels:
     out = tmp_path_factory.mktemp("single")
-    training.main(arguments(out))
+    command.main(arguments(out))
     return kernels_of(out)
 
 
@@ -123,17 +132,21 @@ def test_two_ranks_share_the_layers_and_end_with_the_weights_of_one_process(sing
         "rank 1 of 2 on cpu: layers 1, 3",
     ]
     assert same(kernels_of(out), single)
-    header, expected = kernels_of(out).header, single.header
-    assert [c.pop("seconds") > 0 for h in (header, expected) for c in h["curves"].values()] == [
-        True
-    ] * 8
-    assert header == expected  # the curves too
+    # All is the same, the curves too, but the seconds.
+    header = kernels_of(out).header
+    expected = single.header
+    for curves in (header["curves"], expected["curves"]):
+        assert len(curves) == 4
+        for curve in curves.values():
+            assert curve.pop("seconds") > 0
+    assert header == expected
     assert not parts_of(out).exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks are found through /proc")
 def test_a_killed_rank_ends_the_start_and_the_next_one_trains_what_is_left(single, tmp_path):
-    out, log = tmp_path / "ranks", tmp_path / "log"
+    out = tmp_path / "ranks"
+    log = tmp_path / "log"
     with torchrun(log, "-m", "lesslib.train", *arguments(out)) as agent:
         until = time.time() + LIMIT
         while not list(parts_of(out).glob("layer-*.pt")):
@@ -142,33 +155,32 @@ def test_a_killed_rank_ends_the_start_and_the_next_one_trains_what_is_left(singl
             time.sleep(0.01)
         os.kill(workers(agent)["1"], signal.SIGKILL)
         assert agent.wait(LIMIT) != 0
-    left = {
-        int(p.stem[6:]): torch.load(p, weights_only=True) for p in parts_of(out).glob("layer-*.pt")
-    }
-    assert 0 < len(left) < 4
-    for i, part in left.items():  # whole
-        assert all(
-            torch.equal(part["weights"][name], tensor)
-            for name, tensor in single[i].state_dict().items()
-        )
+    finished = {}
+    for path in parts_of(out).glob("layer-*.pt"):
+        layer = int(path.stem.removeprefix("layer-"))
+        finished[layer] = torch.load(path, weights_only=True)
+    assert 0 < len(finished) < 4
+    # They are whole.
+    for layer, part in finished.items():
+        for name, tensor in single[layer].state_dict().items():
+            assert torch.equal(part["weights"][name], tensor)
     assert not list(out.rglob("*.safetensors"))
-    assert not list(
-        out.rglob("*.bin")
-    )  # captures can be larger than what is free for the next start
+    # Captures can be larger than what is free for the next start.
+    assert not list(out.rglob("*.bin"))
+
     alone = shutil.copytree(out, tmp_path / "alone")
-    todo = [i for i in range(4) if i not in left]
+    unfinished = [str(layer) for layer in range(4) if layer not in finished]
     assert run(log, "-m", "lesslib.train", *arguments(out)) == [
-        f"rank {r} of 2 on cpu: layers {', '.join(map(str, todo[r::2])) or 'none'}"
-        for r in range(2)
+        f"rank 0 of 2 on cpu: layers {', '.join(unfinished[0::2]) or 'none'}",
+        f"rank 1 of 2 on cpu: layers {', '.join(unfinished[1::2]) or 'none'}",
     ]
-    training.main(arguments(alone))
+    command.main(arguments(alone))
     for kernels in (kernels_of(out), kernels_of(alone)):
         assert same(kernels, single)
-        again = {
-            i: kernels.header["curves"][str(i)]["seconds"] != part["curves"]["seconds"]
-            for i, part in left.items()
-        }
-        assert not any(again.values())  # a layer trained again would have taken another time
+        # A layer trained again would have taken another time.
+        for layer, part in finished.items():
+            curves = kernels.header["curves"][str(layer)]
+            assert curves["seconds"] == part["curves"]["seconds"]
     assert not parts_of(out).exists()
 
 
@@ -184,24 +196,50 @@ SCRIPT = """
 
     def work(folder, over_ranks):
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-                             intermediate_size=32, max_position_embeddings=64, initializer_range=0.4)
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            initializer_range=0.4,
+        )
         model = LlamaForCausalLM(config).to(own_device("cpu")).eval()
-        recipe, policy = Recipe(kernel_size=4, hidden=8, epochs=2), H2O(heavy=3, recent=3)
-        kernels, curves = train(model, policy, torch.randint(64, (6, 40)), recipe, folder / "k.safetensors", {}, validation=2)
-        assert (folder / "k.safetensors").exists()  # on every rank
-        windows = [Window(i // 3, tuple(torch.randint(64, (n,)).tolist()), n // 2) for i, n in enumerate((40, 9, 64, 23, 31, 64, 12, 5))]
-        rows, hook = [], lambda module, args, kwargs: rows.append(len(kwargs["input_ids"]))
-        model.register_forward_pre_hook(hook, with_kwargs=True)
+        recipe = Recipe(kernel_size=4, hidden=8, epochs=2)
+        policy = H2O(heavy=3, recent=3)
+        path = folder / "k.safetensors"
+        texts = torch.randint(64, (6, 40))
+        kernels, curves = train(model, policy, texts, recipe, path, {}, validation=2)
+        assert path.exists()  # on every rank
+        windows = []
+        for i, n in enumerate((40, 9, 64, 23, 31, 64, 12, 5)):
+            windows.append(Window(i // 3, tuple(torch.randint(64, (n,)).tolist()), n // 2))
+        rows = []
+
+        def count(module, args, kwargs):
+            rows.append(len(kwargs["input_ids"]))
+
+        model.register_forward_pre_hook(count, with_kwargs=True)
         with less(model, policy, kernels, mode="parallel"):
             scores = perplexity(model, windows, 3, over_ranks)
-        return {"weights": kernels.state_dict(), "validation": curves["0"]["validation"], "scores": scores, "rows": rows}
+        return {
+            "weights": kernels.state_dict(),
+            "validation": curves["0"]["validation"],
+            "scores": scores,
+            "rows": rows,
+        }
+
+    def save_late(*args):
+        time.sleep(0.5)
+        save(*args)
 
     if __name__ == "__main__":
         dist.init_process_group("gloo")  # as a script may that has more to share
         folder = Path(__file__).parent
         save = Kernels.save
-        Kernels.save = lambda *args: (time.sleep(0.5), save(*args))
+        Kernels.save = save_late
         torch.save(work(folder, True), folder / f"found-{place()[0]}.pt")
 """
 
@@ -215,41 +253,38 @@ def test_a_script_under_torchrun_trains_and_scores_as_one_process_does_on_every_
     names: dict = {"__name__": "script"}
     exec(compile(script.read_text(), script, "exec"), names)
     alone = names["work"](tmp_path / "alone", False)
-    assert (
-        names["work"](tmp_path / "alone", True)["scores"] == alone["scores"]
-    )  # the same script without torchrun
-    found = [torch.load(tmp_path / f"found-{r}.pt", weights_only=False) for r in range(2)]
-    assert (alone["rows"], [f["rows"] for f in found]) == ([3, 3, 2], [[3, 2], [3]])
-    for f in found:
-        assert f["validation"] == alone["validation"]
-        assert all(
-            torch.equal(f["weights"][name], tensor) for name, tensor in alone["weights"].items()
-        )
-        assert f["scores"] == alone["scores"]
+    # The same script without torchrun.
+    assert names["work"](tmp_path / "alone", True)["scores"] == alone["scores"]
+    assert alone["rows"] == [3, 3, 2]
+    for rank, rows in enumerate(([3, 2], [3])):
+        result = torch.load(tmp_path / f"found-{rank}.pt", weights_only=False)
+        assert result["rows"] == rows
+        assert result["validation"] == alone["validation"]
+        for name, tensor in alone["weights"].items():
+            assert torch.equal(result["weights"][name], tensor)
+        assert result["scores"] == alone["scores"]
 
 
 def test_without_torchrun_torch_distributed_is_not_touched(monkeypatch):
     for name in ("init_process_group", "new_group", "all_gather_object"):
         monkeypatch.setattr(ranks.dist, name, lambda *args, **kwargs: pytest.fail("touched"))
-    monkeypatch.setenv("WORLD_SIZE", "8")  # as some machines leave it set
+    # As some machines leave it set.
+    monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (ranks.place(), ranks.gather("mine"), ranks.own_device(), ranks.own_device("cuda")) == (
-        (0, 1),
-        ["mine"],
-        None,
-        "cuda",
-    )
+    assert ranks.place() == (0, 1)
+    assert ranks.gather("mine") == ["mine"]
+    assert ranks.own_device() is None
+    assert ranks.own_device("cuda") == "cuda"
 
 
 @pytest.mark.parametrize(("rank", "world"), [("2", "2"), ("0", ""), ("-1", "2"), ("0", "two")])
 def test_a_rank_that_cannot_be_is_named_before_anything_is_loaded(rank, world, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
-    monkeypatch.setattr(training, "load_model", lambda *args: pytest.fail("loaded"))
-    with pytest.raises(
-        SystemExit, match=f"RANK='{rank}' of WORLD_SIZE='{world}': start with torchrun"
-    ):
-        training.main(["--profile", "smoke"])
+    monkeypatch.setattr(all_layers, "load_model", lambda *args: pytest.fail("loaded"))
+    message = f"RANK='{rank}' of WORLD_SIZE='{world}': start with torchrun"
+    with pytest.raises(SystemExit, match=message):
+        command.main(["--profile", "smoke"])
 
 
 def test_each_rank_has_a_gpu_of_its_own_or_says_that_there_are_too_few(monkeypatch):
@@ -259,42 +294,33 @@ def test_each_rank_has_a_gpu_of_its_own_or_says_that_there_are_too_few(monkeypat
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert (ranks.own_device(), ranks.own_device("cuda"), chosen) == ("cuda:1", "cuda:1", [1, 1])
-    assert (ranks.own_device("cpu"), ranks.own_device("cuda:0"), len(chosen)) == (
-        "cpu",
-        "cuda:0",
-        2,
-    )
-    with training.layer_pool(
-        torch.device("cuda:1")
-    ) as pool:  # whose threads would begin on the first GPU
+    assert ranks.own_device() == "cuda:1"
+    assert ranks.own_device("cuda") == "cuda:1"
+    assert chosen == [1, 1]
+    assert ranks.own_device("cpu") == "cpu"
+    assert ranks.own_device("cuda:0") == "cuda:0"
+    assert len(chosen) == 2
+    # A pool's threads would begin on the first GPU.
+    device = torch.device("cuda:1")
+    with share.layer_pool(device) as pool:
         pool.submit(int).result()
-    assert chosen[2:] == [torch.device("cuda:1")]
+    assert chosen[2:] == [device]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(
-        ValueError,
-        match="LOCAL_RANK=2 on a node with 2 GPUs: use torchrun --nproc-per-node 2, or --device cpu",
-    ):
+    message = "LOCAL_RANK=2 on a node with 2 GPUs: use torchrun --nproc-per-node 2, or --device cpu"
+    with pytest.raises(ValueError, match=message):
         ranks.own_device()
 
 
 def test_ranks_that_differ_are_refused_before_they_capture_anything(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "place", lambda: (1, 2))
-    monkeypatch.setattr(training, "gather", lambda mine: [("other windows", set()), mine])
-    monkeypatch.setattr(training, "capture_layers", lambda *args, **kwargs: pytest.fail("captured"))
+    monkeypatch.setattr(all_layers, "place", lambda: (1, 2))
+    monkeypatch.setattr(parts, "gather", lambda mine: [("other windows", set()), mine])
+    monkeypatch.setattr(share, "capture_layers", lambda *args, **kwargs: pytest.fail("captured"))
     model = models("llama-grouped")
-    with pytest.raises(
-        ValueError,
-        match="rank 1 has another model, recipe or text than rank 0: give all the same arguments",
-    ):
-        train(
-            model,
-            H2O(heavy=3, recent=3),
-            torch.zeros(6, 40, dtype=torch.long),
-            Recipe(),
-            tmp_path / "k.safetensors",
-            {},
-        )
+    policy = H2O(heavy=3, recent=3)
+    windows = torch.zeros(6, 40, dtype=torch.long)
+    message = "rank 1 has another model, recipe or text than rank 0: give all the same arguments"
+    with pytest.raises(ValueError, match=message):
+        train(model, policy, windows, Recipe(), tmp_path / "k.safetensors", {})
 
 
 def test_only_rank_0_moves_the_bar(monkeypatch, tmp_path):

@@ -1,4 +1,6 @@
-"""Kernel training: the loss is what it says, an interrupted run ends where an uninterrupted one does, bad settings are named at once."""
+"""Kernel training: the loss is what it says, an interrupted run ends where an uninterrupted one
+does, bad settings are named at once.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,14 @@ from lesslib.bench.benchmarks import stepwise_attention
 from lesslib.hf import attention_modules, output_projection
 from lesslib.profiles import get_profile
 from lesslib.states import Kernels
-from lesslib.training import train as training
-from lesslib.training.train import (
+from lesslib.training import (
     LayerTrainer,
     Recipe,
     capture_layers,
     captured_bytes,
+    command,
     features,
+    share,
     train,
 )
 
@@ -53,30 +56,46 @@ def windows():
 
 def trainer_of(model, windows, layer=1):
     data = capture_layers(model, windows, [layer], batch=4)[layer]
-    return LayerTrainer(
-        data,
-        POLICY,
-        output_projection(attention_modules(model)[layer]).weight.detach(),
-        validation=2,
-        batch=4,
-    )
+    return LayerTrainer(data, POLICY, projection_of(model, layer), validation=2, batch=4)
+
+
+def projection_of(model, layer):
+    return output_projection(attention_modules(model)[layer]).weight.detach()
+
+
+def mean_error_by_hand(difference, projection):
+    """The error after W_O, one position [Hq, Dv] at a time."""
+    errors = []
+    for sequence in difference:
+        for t in range(sequence.shape[1]):
+            errors.append((projection @ sequence[:, t].flatten()).square().mean())
+    return torch.stack(errors).mean()
+
+
+def assert_same_weights(a, b):
+    other = b.state_dict()
+    assert a.state_dict().keys() == other.keys()
+    for name, weights in a.state_dict().items():
+        assert torch.equal(weights, other[name]), name
 
 
 def test_capture_is_the_models_own_attention_and_is_the_same_from_disk(model, windows, tmp_path):
     held = capture_layers(model, windows, [0, 1], batch=4)
     streamed = capture_layers(model, windows, [0, 1], batch=4, memory_gib=1e-9, folder=tmp_path)
-    assert not list(
-        tmp_path.iterdir()
-    )  # nothing to find for whoever comes after a process that was killed
-    for i, d in held.items():
+    # Nothing to find for whoever comes after a process that was killed.
+    assert not list(tmp_path.iterdir())
+    for layer, data in held.items():
         for name in ("q", "k", "v", "out"):
-            assert torch.equal(getattr(d, name), getattr(streamed[i], name))
-            assert (getattr(d, name).is_shared(), getattr(streamed[i], name).is_shared()) == (
-                False,
-                True,
-            )  # the second is mapped
-        dense = dense_attention(d.q.float(), d.k.float(), d.v.float(), scaling=d.scaling)
-        assert (dense - d.out.float()).norm() < 2e-3 * dense.norm()  # captured in half precision
+            in_memory = getattr(data, name)
+            on_disk = getattr(streamed[layer], name)
+            assert torch.equal(in_memory, on_disk)
+            assert not in_memory.is_shared()
+            assert on_disk.is_shared()
+        dense = dense_attention(
+            data.q.float(), data.k.float(), data.v.float(), scaling=data.scaling
+        )
+        # Captured in half precision.
+        assert (dense - data.out.float()).norm() < 2e-3 * dense.norm()
 
 
 def test_capture_beyond_memory_without_a_folder_names_the_fix(model, windows):
@@ -85,72 +104,61 @@ def test_capture_beyond_memory_without_a_folder_names_the_fix(model, windows):
 
 
 def test_outputs_and_loss_are_those_of_the_whole_sequence_form_past_the_budget(model, windows):
-    """Against `recover` and W_O one position at a time, on the captured q, k, v in order of position; gradients too."""
-    data, projection = (
-        capture_layers(model, windows, [1])[1],
-        output_projection(attention_modules(model)[1]).weight.detach(),
-    )
-    q, k, v, target = (
-        x.float().clone() for x in (data.q, data.k, data.v, data.out)
-    )  # the trainer reorders k and v
-    trainer, layer = (
-        LayerTrainer(data, POLICY, projection, validation=2, batch=4),
-        Kernels.new(model_shape(model), 4, 8, seed=3)[1].eval(),
-    )
-    torch.nn.init.constant_(layer.s1, 1.0)  # away from the start, where LESS is eviction alone
-    evicted, rows, past = (
-        evict(POLICY, q, k, v, scaling=data.scaling),
-        torch.tensor([0, 3]),
-        range(POLICY.budget + 1, 40),
-    )
+    """Against `recover` and W_O one position at a time, in order of position; gradients too."""
+    data = capture_layers(model, windows, [1])[1]
+    projection = projection_of(model, 1)
+    # Copies: the trainer reorders k and v.
+    q, k, v, target = (x.float().clone() for x in (data.q, data.k, data.v, data.out))
+    trainer = LayerTrainer(data, POLICY, projection, validation=2, batch=4)
+    layer = Kernels.new(model_shape(model), 4, 8, seed=3)[1].eval()
+    # Away from the start, where LESS is eviction alone.
+    torch.nn.init.constant_(layer.s1, 1.0)
+    evicted = evict(POLICY, q, k, v, scaling=data.scaling)
+    rows = torch.tensor([0, 3])
+    past = range(POLICY.budget + 1, 40)
     expected = recover(evicted, layer.phi(q), layer.psi(k), v)[rows]
     out = trainer.output(layer, rows)
-    assert (
-        out - expected[:, :, past]
-    ).norm() < 1e-3 * expected.norm()  # what is kept of `sparse` is in half precision
+    # What is kept of `sparse` is in half precision.
+    assert (out - expected[:, :, past]).norm() < 1e-3 * expected.norm()
     assert (expected - evicted.sparse[rows]).abs().max() > 0.1
-    by_hand = [
-        (projection @ (expected - target[rows])[b, :, t].flatten()).square().mean()
-        for b in range(2)
-        for t in past
-    ]
+
+    loss_by_hand = mean_error_by_hand((expected - target[rows])[:, :, past], projection)
     loss = trainer.error(out, trainer.target(rows))
-    difference = (
-        (out - trainer.target(rows)).transpose(1, 2).flatten(2)
-    )  # heads side by side, as o_proj takes them
+    # Heads side by side, as o_proj takes them.
+    difference = (out - trainer.target(rows)).transpose(1, 2).flatten(2)
     torch.testing.assert_close(loss, (difference @ projection.T).square().mean(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(loss, torch.stack(by_hand).mean(), rtol=1e-3, atol=0)
-    wanted = torch.autograd.grad(torch.stack(by_hand).mean(), tuple(layer.parameters()))
-    for got, want in zip(torch.autograd.grad(loss, tuple(layer.parameters())), wanted, strict=True):
-        assert (got - want).norm() < 1e-2 * want.norm()
+    torch.testing.assert_close(loss, loss_by_hand, rtol=1e-3, atol=0)
+    weights = tuple(layer.parameters())
+    expected_gradients = torch.autograd.grad(loss_by_hand, weights)
+    gradients = torch.autograd.grad(loss, weights)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert (gradient - expected_gradient).norm() < 1e-2 * expected_gradient.norm()
+
+    def validation_error(sparse):
+        return trainer.error(sparse[4:, :, past], target[4:, :, past]).item()
+
     with torch.no_grad():
         plus = evict(POLICY.plus(4), q, k, v, scaling=data.scaling).sparse
-        for found, out in (
-            (trainer.sparse_error["validation"], evicted.sparse),
-            (trainer.plus_error, plus),
-        ):
-            error = trainer.error(out[4:, :, past], target[4:, :, past])
-            assert found == pytest.approx(error.item(), rel=1e-3)
+        error = validation_error(evicted.sparse)
+        assert trainer.sparse_error["validation"] == pytest.approx(error, rel=1e-3)
+        assert trainer.plus_error == pytest.approx(validation_error(plus), rel=1e-3)
 
 
 def test_features_in_half_precision_change_training_little_and_scoring_not_at_all(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    layer, (q, k) = (
-        Kernels.new({"layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8}, 4, 16, dropout=0.0)[0],
-        torch.randn(2, 1, 2, 30, 8),
-    )
-    exact = layer.phi(q), layer.psi(k)
-    for training_it in (False, True):
-        for got, want in zip(features(layer.train(training_it), q, k), exact, strict=True):
-            assert torch.equal(got, want) != training_it
-            assert (got - want).norm() < 0.02 * want.norm()
-    monkeypatch.setattr(
-        torch.backends.cpu, "get_cpu_capability", lambda: "AVX2"
-    )  # where bfloat16 is slow, training is exact
-    assert all(
-        torch.equal(got, want)
-        for got, want in zip(features(layer.train(), q, k), exact, strict=True)
-    )
+    shape = {"layers": 1, "heads": 2, "kv_heads": 2, "head_dim": 8}
+    layer = Kernels.new(shape, 4, 16, dropout=0.0)[0]
+    q, k = torch.randn(2, 1, 2, 30, 8)
+    exact = (layer.phi(q), layer.psi(k))
+    for is_training in (False, True):
+        for x, exact_x in zip(features(layer.train(is_training), q, k), exact, strict=True):
+            assert torch.equal(x, exact_x) != is_training
+            assert (x - exact_x).norm() < 0.02 * exact_x.norm()
+    # Where bfloat16 is slow, training is exact.
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    phi, psi = features(layer.train(), q, k)
+    assert torch.equal(phi, exact[0])
+    assert torch.equal(psi, exact[1])
 
 
 def test_untrained_kernels_are_the_sparse_policy_and_training_helps(model, windows):
@@ -160,55 +168,40 @@ def test_untrained_kernels_are_the_sparse_policy_and_training_helps(model, windo
     curves = trainer.fit(layer, Recipe(kernel_size=4, hidden=32, epochs=15, lr=1e-2, dropout=0.0))
     assert curves["train"][-1] < 0.9 < curves["validation"][0]
     assert curves["best"] == min(curves["validation"][1:])
-    assert trainer.relative_error(layer) == pytest.approx(
-        curves["best"], rel=1e-6
-    )  # the best weights are those that are kept
+    # The best weights are those that are kept.
+    assert trainer.relative_error(layer) == pytest.approx(curves["best"], rel=1e-6)
 
 
 def test_where_no_disk_holds_all_layers_they_are_captured_in_several_passes(
     model, windows, tmp_path, monkeypatch
 ):
-    whole, _ = train(
-        model, POLICY, windows, RECIPE, tmp_path / "whole.safetensors", {}, validation=2
-    )
-    passes, usage = [], shutil.disk_usage(tmp_path)
-    captured = training.capture_layers
-    monkeypatch.setattr(
-        training,
-        "capture_layers",
-        lambda m, w, layers, **more: passes.append(layers) or captured(m, w, layers, **more),
-    )
-    monkeypatch.setattr(
-        shutil,
-        "disk_usage",
-        lambda path: usage._replace(free=1.9 * captured_bytes(model_shape(model), windows)),
-    )
-    parted, curves = train(
-        model,
-        POLICY,
-        windows,
-        RECIPE,
-        tmp_path / "parted.safetensors",
-        {},
-        validation=2,
-        memory_gib=1e-9,
-    )
-    assert passes == [[i] for i in range(model_shape(model)["layers"])]
+    path = tmp_path / "whole.safetensors"
+    whole, _ = train(model, POLICY, windows, RECIPE, path, {}, validation=2)
+    passes = []
+    shape = model_shape(model)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1.9 * captured_bytes(shape, windows))
+
+    def counted(model, windows, layers, **options):
+        passes.append(layers)
+        return capture_layers(model, windows, layers, **options)
+
+    monkeypatch.setattr(share, "capture_layers", counted)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    path = tmp_path / "parted.safetensors"
+    parted, curves = train(model, POLICY, windows, RECIPE, path, {}, validation=2, memory_gib=1e-9)
+    assert passes == [[i] for i in range(shape["layers"])]
     assert len(passes) > 1
     assert curves.keys() == {str(i) for i in range(len(passes))}
-    assert all(
-        torch.equal(whole.state_dict()[name], weights)
-        for name, weights in parted.state_dict().items()
-    )
+    assert_same_weights(whole, parted)
 
 
 def test_interrupted_training_resumes_by_layer_and_ends_the_same(
     model, windows, tmp_path, monkeypatch
 ):
-    whole, _ = train(
-        model, POLICY, windows, RECIPE, tmp_path / "whole.safetensors", {}, validation=2
-    )
-    fit, calls = LayerTrainer.fit, []
+    path = tmp_path / "whole.safetensors"
+    whole, _ = train(model, POLICY, windows, RECIPE, path, {}, validation=2)
+    fit = LayerTrainer.fit
+    calls = []
 
     def interrupted(self, kernels, recipe, label, tick):
         calls.append(label)
@@ -224,8 +217,7 @@ def test_interrupted_training_resumes_by_layer_and_ends_the_same(
     again, curves = train(model, POLICY, windows, RECIPE, path, {}, validation=2)
     assert [c.split(" layer")[1][:2] for c in calls] == [" 0", " 1", " 1"]
     assert list(curves) == ["0", "1"]
-    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    assert_same_weights(whole, again)
     assert not list(tmp_path.glob("*.parts"))
     loaded = Kernels.load(path)
     assert loaded.header["recipe"]["epochs"] == 2
@@ -234,45 +226,40 @@ def test_interrupted_training_resumes_by_layer_and_ends_the_same(
 
 def test_layers_that_train_at_the_same_time_do_not_disturb_each_other(model, windows, tmp_path):
     """With dropout, whose random numbers are each layer's own."""
-    threads, found = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
+    trained = []
     for n in (1, 2):
+        path = tmp_path / f"{n}.safetensors"
         torch.set_num_threads(n)
         try:
-            found.append(
-                train(
-                    model, POLICY, windows, RECIPE, tmp_path / f"{n}.safetensors", {}, validation=2
-                )[0]
-            )
+            kernels, _ = train(model, POLICY, windows, RECIPE, path, {}, validation=2)
             assert torch.get_num_threads() == n
         finally:
             torch.set_num_threads(threads)
-    for (name, a), b in zip(
-        found[0].state_dict().items(), found[1].state_dict().values(), strict=True
-    ):
-        assert torch.equal(a, b), name
+        trained.append(kernels)
+    assert_same_weights(*trained)
 
 
 def test_a_layer_that_fails_stops_the_others(model, windows, tmp_path, monkeypatch):
-    fit, epochs = LayerTrainer.fit, []
+    fit = LayerTrainer.fit
+    epochs = []
 
     def fails(self, kernels, recipe, label, tick):
+        def counted():
+            epochs.append(label)
+            tick()
+
         if label.endswith("layer 0"):
             raise FloatingPointError("the loss is nan")
-        return fit(self, kernels, recipe, label, lambda: (epochs.append(label), tick()))
+        return fit(self, kernels, recipe, label, counted)
 
     monkeypatch.setattr(LayerTrainer, "fit", fails)
+    path = tmp_path / "k.safetensors"
+    recipe = replace(RECIPE, epochs=200)
     with pytest.raises(FloatingPointError, match="the loss is nan"):
-        train(
-            model,
-            POLICY,
-            windows,
-            replace(RECIPE, epochs=200),
-            tmp_path / "k.safetensors",
-            {},
-            validation=2,
-        )
+        train(model, POLICY, windows, recipe, path, {}, validation=2)
     assert len(epochs) < 190
-    assert not (tmp_path / "k.safetensors").exists()
+    assert not path.exists()
 
 
 def test_a_part_of_another_recipe_is_not_reused_and_a_damaged_one_is_named(
@@ -329,14 +316,15 @@ def test_the_paper_profile_keeps_the_papers_recipe():
 )
 def test_the_command_line_names_what_is_wrong(arguments, message):
     with pytest.raises(SystemExit, match=message):
-        training.main(["--profile", "tiny", *arguments])
+        command.main(["--profile", "tiny", *arguments])
 
 
 def test_the_command_line_help_names_every_setting(capsys):
     with pytest.raises(SystemExit):
-        training.main(["--help"])
+        command.main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"--{name.replace('_', '-')}" in text for name in training.SETTINGS)
+    for name in command.SETTINGS:
+        assert f"--{name.replace('_', '-')}" in text
 
 
 def test_the_stepwise_scheme_is_the_same_function_with_the_same_gradients():
@@ -349,9 +337,9 @@ def test_the_stepwise_scheme_is_the_same_function_with_the_same_gradients():
     assert (slow - fast).abs().max() < 1e-12
     assert (target - dense_attention(q, k, v)).abs().max() < 1e-12
     weights = torch.randn_like(slow)
-    for a, b in zip(
-        *(torch.autograd.grad((x * weights).sum(), (phi, psi)) for x in (slow, fast)), strict=True
-    ):
+    slow_gradients = torch.autograd.grad((slow * weights).sum(), (phi, psi))
+    fast_gradients = torch.autograd.grad((fast * weights).sum(), (phi, psi))
+    for a, b in zip(slow_gradients, fast_gradients, strict=True):
         assert (a - b).abs().max() < 1e-10
 
 
@@ -366,13 +354,11 @@ def test_the_command_trains_a_carried_model(tmp_path, capsys):
         "fraction": 0.02,
         "out": tmp_path,
     }
-    training.main([f"--{name}={value}" for name, value in small.items()])
+    command.main([f"--{name}={value}" for name, value in small.items()])
     assert "of the sparse error is left" in capsys.readouterr().out
     header = Kernels.load(tmp_path / "pico-llama" / "h2o-0.02.safetensors").header
     assert json.dumps(header)
-    assert (header["model"], header["fraction"], header["length"], header["sequences"]) == (
-        "pico-llama",
-        0.02,
-        96,
-        3,
-    )
+    assert header["model"] == "pico-llama"
+    assert header["fraction"] == 0.02
+    assert header["length"] == 96
+    assert header["sequences"] == 3

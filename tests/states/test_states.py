@@ -1,0 +1,122 @@
+"""Every state: its whole-sequence form against the loop over absorb and read, its numbers, its
+registry.
+"""
+
+import pytest
+import torch
+from tiny_models import SHAPES, close
+
+from lesslib.ops.blocks import NEVER, gather_tokens
+from lesslib.ops.scan import arrivals
+from lesslib.policies import H2O, simulate
+from lesslib.states import (
+    LayerKernels,
+    LayerPerformer,
+    Nothing,
+    State,
+    get_state,
+    register_state,
+)
+
+
+def learned(Hq, Hkv, D):
+    layer = LayerKernels(Hq, Hkv, D, kernel_size=3, hidden=7).double().eval()
+    torch.nn.init.ones_(layer.s1)
+    return layer
+
+
+def random_features(Hq, Hkv, D):
+    return LayerPerformer(Hq, Hkv, D, 3, torch.Generator().manual_seed(0)).double()
+
+
+STATES = {"less": learned, "performer": random_features}
+
+
+def loop(state, s, evicted_at):
+    """`state.over_sequence` by the base class's own loop."""
+    arrived = arrivals(evicted_at)
+    token = arrived.clamp(min=0)
+    keys = gather_tokens(s.k, token)
+    values = gather_tokens(s.v, token)
+    return State.over_arrivals(state, s.q, keys, values, arrived >= 0, 0.5)
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_the_fast_form_equals_the_loop_over_absorb_and_read(kind, sequences):
+    policy = H2O(heavy=3, recent=5)
+    for seed, shape in enumerate(SHAPES):
+        s = sequences(**shape, seed=seed)
+        state = STATES[kind](s.q.shape[1], s.k.shape[1], s.q.shape[-1])
+        evicted_at = simulate(policy, s.q, s.k, s.real)
+        fast = state.over_sequence(s.q, s.k, s.v, evicted_at, 0.5)
+        slow = loop(state, s, evicted_at)
+        close(fast.output, slow.output)
+        assert torch.equal(fast.logsumexp == -torch.inf, slow.logsumexp == -torch.inf)
+        is_held = fast.logsumexp > -torch.inf
+        close(fast.logsumexp[is_held], slow.logsumexp[is_held])
+        assert is_held.any() == (evicted_at < s.q.shape[2]).any()
+
+
+def test_gradients_of_the_fast_form_equal_those_of_the_loop(sequences):
+    s = sequences(S=41)
+    state = learned(4, 2, 5)
+    evicted_at = simulate(H2O(heavy=3, recent=5), s.q, s.k)
+    gradients = []
+    for form in (state.over_sequence(s.q, s.k, s.v, evicted_at, 0.5), loop(state, s, evicted_at)):
+        is_held = form.logsumexp > -torch.inf
+        loss = form.output.sin().sum() + form.logsumexp[is_held].sum()
+        weights = [p for p in state.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(loss, weights))
+    for fast, slow in zip(*gradients, strict=True):
+        assert slow.abs().max() > 1e-6
+        close(fast, slow)
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_memory_holds_the_numbers_it_says(kind, sequences):
+    s = sequences()
+    state = STATES[kind](4, 2, 5)
+    memory = state.empty(s.k, s.v)
+    held = sum(tensor[0, 0].numel() for tensor in memory.values())
+    assert held == state.numbers(head_dim=5, value_dim=4)
+
+
+def test_three_ways_to_hold_as_many_numbers_as_the_design_says():
+    # R = 8, D = 128: LESS holds 1,032 where four exact pairs hold 1,024.
+    assert LayerKernels(1, 1, 128, kernel_size=8, hidden=1).numbers(128, 128) == 1032
+    assert Nothing().numbers(128, 128) == 0
+
+
+def test_an_absorbed_empty_slot_leaves_no_trace(sequences):
+    s = sequences()
+    state = learned(4, 2, 5)
+    memory = state.empty(s.k, s.v)
+    state.absorb(memory, s.k, s.v, torch.zeros(s.k.shape[:3], dtype=torch.bool))
+    assert all(not tensor.any() for tensor in memory.values())
+    part = state.read(memory, s.q, 0.5)
+    assert (part.logsumexp == -torch.inf).all()
+    assert not part.output.any()
+
+
+def test_states_are_found_by_name():
+    assert get_state("less") is LayerKernels
+    assert get_state("performer") is LayerPerformer
+    with pytest.raises(ValueError, match=r"unknown state 'lass': choose from less, performer"):
+        get_state("lass")
+
+
+def test_a_name_belongs_to_one_class():
+    with pytest.raises(ValueError, match=r"'less' is registered already \(LayerKernels\)"):
+
+        @register_state
+        class Other(State):
+            name = "less"
+
+    assert get_state("less") is LayerKernels
+
+
+def test_a_token_that_never_leaves_never_arrives(sequences):
+    s = sequences()
+    state = learned(4, 2, 5)
+    stays = torch.full(s.k.shape[:3], NEVER, dtype=torch.int32)
+    assert (state.over_sequence(s.q, s.k, s.v, stays, 0.5).logsumexp == -torch.inf).all()
