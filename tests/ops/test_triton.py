@@ -21,9 +21,8 @@ import torch
 
 import lesslib.ops
 from lesslib import H2O, TOVA, Full, Lambda
-from lesslib.attention import whole_sequence as parallel
-from lesslib.ops import dispatch as fused
-from lesslib.ops import scan
+from lesslib.attention import whole_sequence
+from lesslib.ops import dispatch, scan
 from lesslib.ops import triton as ours
 from lesslib.ops.blocks import NEVER, gather_tokens
 from lesslib.ops.merge import Part, merge
@@ -181,14 +180,6 @@ class Layer:
         return key, value, is_held
 
 
-def rule_of(policy):
-    if isinstance(policy, H2O):
-        return EvictionRule("h2o", recent=policy.recent, sinks=0)
-    if isinstance(policy, Lambda):
-        return EvictionRule("lambda", recent=policy.recent, sinks=policy.sinks)
-    return None
-
-
 def layers(policy, device, dtype, kernels=None, B=2, Hkv=2, D=32, Dv=32):
     """An empty layer of `dtype` for the kernels, and the same layer in float64 for torch."""
     keys = torch.zeros(B, Hkv, 1, D, dtype=F64, device=device)
@@ -228,7 +219,7 @@ def step(layer, q, k, v, is_real, scaling):
     """A step by the kernels: the output, and the key, value and `is_held` of what left."""
     slots = layer.slots
     w = layer.kernels
-    rule = rule_of(layer.policy)
+    rule = layer.policy.rule()
     parts = [] if w is None else [read(phi(q, w.phi_w1, w.phi_w2), layer.H, layer.z)]
     if rule is None:
         now = slots.count[:, None, None].expand_as(slots.free).clone()
@@ -432,7 +423,7 @@ def test_a_step_merges_its_parts(takes, n_parts, device, draw):
         others = [Part(part.output.double(), part.logsumexp.double()) for part in parts]
         want = merge(slots_part, *others)
         if takes == "decode_step":
-            got = decode_step(rule_of(policy), q, k, v, layer.slots, parts, real, 0.2).output
+            got = decode_step(policy.rule(), q, k, v, layer.slots, parts, real, 0.2).output
         else:
             got, given = attend_step(q, k, v, layer.slots, parts, real, 0.2)
             # over the slots alone, whatever the parts
@@ -443,7 +434,7 @@ def test_a_step_merges_its_parts(takes, n_parts, device, draw):
             assert torch.equal(layer.slots.position.gather(2, layer.slots.free), position)
             assert not layer.slots.score.gather(2, layer.slots.free).any()
             assert torch.equal(layer.slots.count, reference.slots.count)
-            decode_step(rule_of(policy), q, k, v, layer.slots, (), real, 0.2)
+            decode_step(policy.rule(), q, k, v, layer.slots, (), real, 0.2)
         close(got, want)
         # the reference goes on from where the kernel is
         reference.slots = Slots(
@@ -674,13 +665,15 @@ def torch_sequence(policy, q, k, v, is_real, scaling):
     """The policy along a sequence, in float64: eviction times, and attention over what it keeps."""
     q = q.double()
     k = k.double()
+    if is_real is None:
+        is_real = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
     times = simulate(policy, q, k, is_real, scaling)
     attended = scan.sparse_attention(q, k, v.double(), times, policy.budget, is_real, scaling)
     return times, Part(*attended)
 
 
 def sequence_by_kernel(policy, q, k, v, is_real, scaling):
-    return sequence_of_steps(rule_of(policy), q, k, v, policy.budget, is_real, scaling)
+    return sequence_of_steps(policy.rule(), q, k, v, policy.budget, is_real, scaling)
 
 
 @pytest.mark.parametrize(
@@ -733,38 +726,42 @@ def test_a_sequence_of_several_blocks_of_slots(policy, device, draw):
     close(attended.logsumexp, wanted.logsumexp)
 
 
-# lead: needs the new dispatch
 def test_a_sequence_takes_the_kernel_where_it_is_asked_for(device, draw, monkeypatch):
     q = draw(1, 2, 100, 32)
     k = draw(1, 1, 100, 32)
     v = draw(1, 1, 100, 32)
     for policy in (H2O(heavy=40, recent=38), Lambda(recent=70, sinks=4)):
         monkeypatch.setenv("LESS_TRITON", "0")
-        want = parallel.evict(policy, q.double(), k.double(), v.double())
+        want = whole_sequence.evict(policy, q.double(), k.double(), v.double())
         monkeypatch.setenv("LESS_TRITON", "1")
         with monkeypatch.context() as patched:
-            patched.setattr(parallel, "simulate", lambda *args: pytest.fail("the torch form ran"))
-            got = parallel.evict(policy, q, k, v)
+            refuse_the_torch_form(patched)
+            got = whole_sequence.evict(policy, q, k, v)
         assert torch.equal(got.times, want.times)
         close(got.sparse, want.sparse)
         close(got.logsumexp, want.logsumexp)
 
 
-# lead: needs the new dispatch
+def refuse_the_torch_form(monkeypatch):
+    def simulate(*args):
+        pytest.fail("the torch form ran")
+
+    monkeypatch.setattr(whole_sequence, "simulate", simulate)
+
+
 def test_gradients_come_from_the_torch_form(device, draw, monkeypatch):
     monkeypatch.setenv("LESS_TRITON", "1")
+    policy = H2O(heavy=2, recent=2)
     for wanted in range(3):
         qkv = [draw(1, 2, 9, 32), draw(1, 1, 9, 32), draw(1, 1, 9, 32)]
-        out = parallel.less_attention(
-            *(x.requires_grad_(i == wanted) for i, x in enumerate(qkv)), H2O(2, 2)
-        )
+        qkv[wanted].requires_grad_()
+        out = whole_sequence.less_attention(*qkv, policy)
         torch.autograd.grad(out.square().sum(), qkv[wanted])
     with torch.no_grad():
-        monkeypatch.setattr(parallel, "simulate", lambda *args: pytest.fail("the torch form ran"))
-        parallel.less_attention(*(x.detach() for x in qkv), H2O(2, 2))
+        refuse_the_torch_form(monkeypatch)
+        whole_sequence.less_attention(*(x.detach() for x in qkv), policy)
 
 
-# lead: needs the new dispatch
 def test_policies_that_one_head_of_a_bounded_cache_cannot_decide_keep_the_torch_form(
     device, draw, monkeypatch
 ):
@@ -772,14 +769,30 @@ def test_policies_that_one_head_of_a_bounded_cache_cannot_decide_keep_the_torch_
     q = draw(1, 2, 9, 32)
     k = draw(1, 1, 9, 32)
     v = draw(1, 1, 9, 32)
-    real = torch.ones(1, 9, dtype=torch.bool, device=device)
-    assert fused.evict(H2O(2, 2), q, k, v, real, 0.1) is not None
+    rule = H2O(heavy=2, recent=2).rule()
+    assert dispatch.runs_steps_in_one_kernel(rule, q, k, v)
     for policy in (TOVA(4), H2O(2, 2, scores="full"), Full()):
-        assert fused.evict(policy, q, k, v, real, 0.1) is None
-    assert fused.evict(H2O(2, 2), q.double(), k.double(), v.double(), real, 0.1) is None
-    assert fused.evict(H2O(2, 2), q, k, v.clone().requires_grad_(), real, 0.1) is None
+        assert not dispatch.runs_steps_in_one_kernel(policy.rule(), q, k, v)
+    assert not dispatch.runs_steps_in_one_kernel(rule, q.double(), k.double(), v.double())
+    for wanted in range(3):
+        qkv = [q, k, v]
+        qkv[wanted] = qkv[wanted].clone().requires_grad_()
+        assert not dispatch.runs_steps_in_one_kernel(rule, *qkv)
     monkeypatch.delenv("LESS_TRITON")
-    assert fused.evict(H2O(2, 2), q, k, v, real, 0.1) is None
+    assert not dispatch.runs_steps_in_one_kernel(rule, q, k, v)
+
+
+@pytest.mark.parametrize("policy", [TOVA(4), H2O(heavy=2, recent=2, scores="full")], ids=str)
+def test_a_sequence_of_a_policy_without_a_rule_is_that_of_torch(policy, device, draw, monkeypatch):
+    q = draw(1, 2, 9, 32)
+    k = draw(1, 1, 9, 32)
+    v = draw(1, 1, 9, 32)
+    monkeypatch.setenv("LESS_TRITON", "1")
+    monkeypatch.setattr(ours, "sequence_of_steps", lambda *args: pytest.fail("the kernel ran"))
+    want, wanted = torch_sequence(policy, q, k, v, None, 32**-0.5)
+    got = whole_sequence.evict(policy, q, k, v)
+    assert torch.equal(got.times, want)
+    close(got.sparse, wanted.output)
 
 
 # ---------------------------------------------------------------- ahead of time
