@@ -952,8 +952,8 @@ def test_padding_on_the_right_gradients_and_a_changed_batch_are_refused(llama, i
         llama(ids, past_key_values=cache)
         with refused(
             ValueError,
-            r"holds 2 rows of torch.float64 on cpu and was given 1 rows.*call reset\(\), or make a new"
-            r" cache",
+            r"holds 2 rows of torch.float64 on cpu and was given 1 rows.*call reset\(\), or make"
+            r" a new cache",
         ):
             llama(ids[:1, :1], past_key_values=cache)
     with less(llama), refused(RuntimeError, r"LessCache is for inference.*torch.no_grad\(\)"):
