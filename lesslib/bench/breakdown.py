@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesslib.attention.cache import LessLayer
+from lesslib.attention.layer import LessLayer
 from lesslib.bench.latency import WARM_UP
 from lesslib.bench.load import Load
 from lesslib.bench.served_model import FULL_STATIC, ServedModel
 from lesslib.bench.timing import now
+from lesslib.states import LowRank
 from lesslib.util.progress import progress
 
 # of Table 8; decoding: all that is none of the others
@@ -25,13 +26,12 @@ PARTS = ("decoding", "eviction", "kernels", "synthesis", "update")
 def timed_methods(layer: LessLayer) -> list[tuple[Any, str, str]]:
     """(object, name of its method, part that it counts for) of one layer's step."""
     methods: list[tuple[Any, str, str]] = [(layer, "_evict", "eviction")]
-    if layer.kernels is not None:
-        methods += [
-            (layer, "_recover", "synthesis"),
-            (layer, "_absorb", "update"),
-            (layer.kernels, "phi", "kernels"),
-            (layer.kernels, "psi", "kernels"),
-        ]
+    if not layer.state.is_empty:
+        methods.append((layer, "_with_state", "synthesis"))
+        methods.append((layer, "_absorb", "update"))
+    if isinstance(layer.state, LowRank):
+        methods.append((layer.state, "phi", "kernels"))
+        methods.append((layer.state, "psi", "kernels"))
     return methods
 
 

@@ -1,4 +1,6 @@
-"""What serving costs: the loads, the rows that fit into memory, the clock of nested parts, and what is recorded and concluded."""
+"""What serving costs: the loads, the rows that fit into memory, the clock of nested parts, and
+what is recorded and concluded.
+"""
 
 import json
 
