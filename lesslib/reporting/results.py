@@ -19,45 +19,46 @@ from lesslib.util.paths import ROOT
 
 
 def read_ledger(path: Path) -> list[str]:
-    """The points that this machine computed, [] where there is no file. Raises ValueError for a damaged one."""
-    return (
-        read_json(path, lambda x: isinstance(x, list), "delete it to compute every point again")
-        or []
-    )
+    """The points that this machine computed, [] where there is no file.
+
+    Raises ValueError for a damaged file.
+    """
+    fix = "delete it to compute every point again"
+    return read_json(path, lambda x: isinstance(x, list), fix) or []
 
 
 def load(name: str, profile: str) -> dict | None:
-    """The recorded file of experiment `name`, {"manifest": ..., "points": {key: entry}}, or None where there is none."""
+    """The record of experiment `name`, {"manifest": ..., "points": {key: entry}}.
+
+    None where there is no file. Raises ValueError for a damaged one.
+    """
     fix = "restore it with git checkout, or delete it to compute it again"
-    return read_json(
-        results_dir(profile) / f"{name}.json",
-        lambda x: isinstance(x, dict) and isinstance(x.get("points"), dict),
-        fix,
-    )
+    return read_json(results_dir(profile) / f"{name}.json", _is_record, fix)
+
+
+def _is_record(obj: object) -> bool:
+    return isinstance(obj, dict) and isinstance(obj.get("points"), dict)
 
 
 def _commit() -> str:
     """HEAD, with -dirty when lesslib or the environment differ from it."""
-    command = [
-        "git",
-        "-C",
-        str(ROOT),
-        "status",
-        "--porcelain=2",
-        "--branch",
-        "--",
-        "lesslib",
-        "environment.yml",
-    ]
+    status = ["git", "-C", str(ROOT), "status", "--porcelain=2", "--branch"]
+    command = [*status, "--", "lesslib", "environment.yml"]
     try:
         lines = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).splitlines()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return lines[0].removeprefix("# branch.oid ") + ("" if lines[-1].startswith("#") else "-dirty")
+    commit = lines[0].removeprefix("# branch.oid ")
+    # Headers begin with #; a line after them is a file that differs.
+    is_clean = lines[-1].startswith("#")
+    return commit if is_clean else f"{commit}-dirty"
 
 
 def manifest(profile: str, seed: int, data: list[dict], seconds: float) -> dict:
-    """What a reader needs to judge or repeat a result: code, versions, hardware, seed, data and time."""
+    """What a reader needs to judge or repeat a result.
+
+    Code, versions, hardware, seed, data and time.
+    """
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")
@@ -83,6 +84,9 @@ def manifest(profile: str, seed: int, data: list[dict], seconds: float) -> dict:
 
 
 def cache_key(parameters: dict, seed: int, data: list[dict], version: int) -> str:
-    """What decides a point's value: its parameters, the seed, the data's sha256 and the experiment's version; not the source text."""
+    """What decides a point's value, as 16 hex digits.
+
+    Its parameters, the seed, the data's sha256 and the experiment's version; not the source text.
+    """
     identity = [parameters, seed, sorted(d["sha256"] for d in data), version]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

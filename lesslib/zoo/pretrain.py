@@ -83,7 +83,8 @@ def _begin(settings: Settings) -> _Begun:
     model: Any
     tokenizer: Any
     if settings.start == GROWN:
-        model, tokenizer = teacher, teacher_tokenizer
+        model = teacher
+        tokenizer = teacher_tokenizer
         check_growable(model)
     elif settings.start in NEW:
         model, tokenizer = NEW[settings.start](settings.seed)

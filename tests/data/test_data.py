@@ -41,21 +41,26 @@ def write_jsonl(path, rows):
 
 
 def paragraphs(documents):
-    keys = (" ".join(p.split()) for d in documents for p in re.split(r"\n\s*\n", d.text))
-    return {k for k in keys if len(k) >= MIN_SHARED}
+    long = set()
+    for document in documents:
+        for paragraph in re.split(r"\n\s*\n", document.text):
+            words = " ".join(paragraph.split())
+            if len(words) >= MIN_SHARED:
+                long.add(words)
+    return long
 
 
 # ---------------------------------------------------------------- carried text
 def test_carried_text_is_split_without_overlap_and_without_loss():
-    train, heldout = load_corpus("topics-train"), load_corpus("topics-heldout")
+    train = load_corpus("topics-train")
+    heldout = load_corpus("topics-heldout")
     assert not paragraphs(train.documents) & paragraphs(heldout.documents)
     everything = paragraphs([Document(n, t) for n, t in topics.topics.items()])
     assert paragraphs(train.documents) | paragraphs(heldout.documents) == everything
-    names = "+".join(d.title for c in (train, heldout) for d in c.documents).split("+")
+    names = "+".join(d.title for d in train.documents + heldout.documents).split("+")
     assert sorted(names) == sorted(topics.topics)
-    share = heldout.record()["characters"] / (
-        heldout.record()["characters"] + train.record()["characters"]
-    )
+    heldout_characters = heldout.record()["characters"]
+    share = heldout_characters / (heldout_characters + train.record()["characters"])
     assert 0.5 * HELDOUT_SHARE < share <= HELDOUT_SHARE
 
 
@@ -73,7 +78,8 @@ TOPICS = st.dictionaries(
 def test_the_split_follows_the_text_of_any_python_version(texts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topics, "topics", texts)
-        train, heldout = tuple(split_topics(heldout=False)), tuple(split_topics(heldout=True))
+        train = tuple(split_topics(heldout=False))
+        heldout = tuple(split_topics(heldout=True))
     assert train
     assert not paragraphs(train) & paragraphs(heldout)
     assert paragraphs(train) | paragraphs(heldout) == paragraphs(

@@ -3,6 +3,7 @@
 Nothing else gives them away.
 """
 
+import itertools
 import json
 import random
 import re
@@ -27,27 +28,33 @@ from lesslib.data.storyworld import (
 from lesslib.data.tasks import load_task
 
 
+def patterns_of_facts():
+    """The sentences that tell the value of a relation."""
+    patterns = []
+    for relation in grammar()["relations"].values():
+        patterns += relation["told"] + relation["again"]
+    return patterns
+
+
+def patterns_of_no_fact():
+    return grammar()["deeds"] + grammar()["scenes"]
+
+
 def test_there_are_more_than_sixty_sentence_patterns():
-    g = grammar()
-    patterns = (
-        [p for r in g["relations"].values() for p in r["told"] + r["again"]]
-        + g["openings"]
-        + g["deeds"]
-        + g["scenes"]
-    )
-    turns = [p for t in g["turns"].values() for p in t["yes"] + t["no"]]
+    patterns = patterns_of_facts() + grammar()["openings"] + patterns_of_no_fact()
+    turns = []
+    for turn in grammar()["turns"].values():
+        turns += turn["yes"] + turn["no"]
     assert len(set(patterns + turns)) == len(patterns) + len(turns)
     assert len(patterns) >= 60
     assert len(turns) >= 60
 
 
 def test_articles_fit_the_words_that_follow_them():
-    said = "\n".join(
-        [
-            *lessons(150, seed=2),
-            *(e.shown(answer=True) for kind in KINDS for e in examples(kind, 20)),
-        ]
-    )
+    texts = list(lessons(150, seed=2))
+    for kind in KINDS:
+        texts += [e.shown(answer=True) for e in examples(kind, 20)]
+    said = "\n".join(texts)
     after = {article: set(re.findall(rf"\b{article} (\w)", said, re.I)) for article in ("a", "an")}
     assert len(after["a"]) > 15
     assert not after["a"] & set("aeiou")
@@ -55,29 +62,25 @@ def test_articles_fit_the_words_that_follow_them():
 
 
 def every(kind, heldout):
-    return {word for found in words(kind, heldout).values() for word in found}
+    return set(itertools.chain(*words(kind, heldout).values()))
 
 
 @pytest.mark.parametrize("kind", ["names", "places", "trades", "things"])
 def test_words_are_for_training_or_held_out(kind):
-    c = grammar()["compounds"][kind]
-    train, held = every(kind, False), every(kind, True)
+    compounds = grammar()["compounds"][kind]
+    train = every(kind, heldout=False)
+    held = every(kind, heldout=True)
     assert len(held) == round((len(train) + len(held)) * HELDOUT) > 50
     assert not train & held
-    assert train | held == {
-        head + c["between"] + tail for head in c["heads"] for tail in c["tails"]
-    }
+    pairs = itertools.product(compounds["heads"], compounds["tails"])
+    assert train | held == {head + compounds["between"] + tail for head, tail in pairs}
 
 
 def test_lessons_say_no_word_that_is_held_out():
     said = "\n".join(lessons(60, seed=0))
     for kind in ("names", "places", "trades", "things"):
-        met = {
-            word
-            for heldout in (False, True)
-            for word in every(kind, heldout)
-            if re.search(rf"\b{word}\b", said)
-        }
+        both = every(kind, False) | every(kind, True)
+        met = {word for word in both if re.search(rf"\b{word}\b", said)}
         assert met
         assert not met & every(kind, True)
 
@@ -91,12 +94,10 @@ def test_no_two_words_of_a_world_share_their_head():
             (("trade",), "trades"),
         ):
             values = [fact.value for fact in world.facts.values() if fact.relation in relations]
-            heads = [
-                head
-                for value in values
-                for head, made in words(kind, i % 2 == 0).items()
-                if value in made
-            ]
+            heads = []
+            for value, (head, made) in itertools.product(values, words(kind, i % 2 == 0).items()):
+                if value in made:
+                    heads.append(head)
             assert len(values) == len(set(heads)) == 5 * len(relations)
 
 
@@ -127,31 +128,43 @@ def test_a_story_tells_every_fact_and_its_length_is_as_asked():
     assert 2200 <= len(examples("summary", 1, length=2300)[0].text.split()) <= 2400
 
 
-def is_true(asked, told, heldout):
-    """Whether a sentence of `told` says all the names and the value that are `asked` about."""
-    names, (value,) = (
-        [w for kind in kinds for w in every(kind, heldout) if re.search(rf"\b{w}\b", asked)]
-        for kinds in (("names",), ("places", "trades", "things"))
-    )
+def is_true(question, told, heldout):
+    """Whether a sentence of `told` says all the names and the value of the `question`."""
+    names = [word for word in every("names", heldout) if says(question, word)]
+    kinds = ("places", "trades", "things")
+    values = itertools.chain(*(every(kind, heldout) for kind in kinds))
+    (value,) = (word for word in values if says(question, word))
     assert names
-    return any(all(re.search(rf"\b{said}\b", s) for said in (value, *names)) for s in told)
+    return any(says_all(sentence, (value, *names)) for sentence in told)
+
+
+def says(sentence, word):
+    return re.search(rf"\b{word}\b", sentence)
+
+
+def says_all(sentence, words_said):
+    return all(says(sentence, word) for word in words_said)
 
 
 def said_of(name, patterns, told):
     """Whether one of the sentences `told` is one of `patterns`, of the person called `name`."""
-    as_regex = [re.sub(r"\\\{p\\\}", name, re.escape(p)) for p in patterns]
-    return any(re.fullmatch(re.sub(r"\\\{\w+\\\}", r"\\w+", r), s) for r in as_regex for s in told)
+    for pattern in patterns:
+        with_name = re.sub(r"\\\{p\\\}", name, re.escape(pattern))
+        with_any_words = re.sub(r"\\\{\w+\\\}", r"\\w+", with_name)
+        if any(re.fullmatch(with_any_words, sentence) for sentence in told):
+            return True
+    return False
 
 
-def answer_of(asked, told, heldout):
+def answer_of(question, told, heldout):
     """What the sentences `told` say to a question of yes or no.
 
-    Of all turns and people, it is the one that is `asked` about.
+    Of all turns and people, it is the one that the `question` asks about.
     """
     answers = set()
     for turn in grammar()["turns"].values():
         for name in every("names", heldout):
-            if name in asked and said_of(name, turn["ask"], [asked]):
+            if name in question and said_of(name, turn["ask"], [question]):
                 answers |= {answer for answer in ("yes", "no") if said_of(name, turn[answer], told)}
     (answer,) = answers
     return answer
@@ -167,22 +180,19 @@ def test_yes_and_no_answers_are_true():
 
 def test_answers_in_lessons_are_true():
     seen = Counter()
+    openings = tuple(opening.split("{")[0] for opening in grammar()["openings"])
     for text in lessons(25, seed=1):
         for part in text.split("\n\n"):
             told = re.split(
                 r"(?<=[.?!\n])\s*",
                 re.split(r'\nQuestion: |\n"|\nSummary:|\nIn one|\nWhat all', part)[0],
             )
-            told = [
-                s
-                for s in told
-                if not s.startswith(tuple(o.split("{")[0] for o in grammar()["openings"]))
-            ]
-            for asked, answer in re.findall(r"Question: ([^\n]*)\nAnswer: ([^\n]*)", part):
+            told = [s for s in told if not s.startswith(openings)]
+            for question, answer in re.findall(r"Question: ([^\n]*)\nAnswer: ([^\n]*)", part):
                 if answer in ("yes", "no"):
-                    assert answer == answer_of(asked, told, False), (asked, answer, part)
+                    assert answer == answer_of(question, told, False), (question, answer, part)
                 else:
-                    assert is_true(f"{asked} {answer}", told, False), (asked, answer, part)
+                    assert is_true(f"{question} {answer}", told, False), (question, answer, part)
                 seen[answer if answer in ("yes", "no") else "plain"] += 1
     assert min(seen.values()) > 100
 
@@ -190,9 +200,9 @@ def test_answers_in_lessons_are_true():
 def test_the_two_sides_of_a_turn_are_told_apart_by_their_sentences_alone():
     turns = grammar()["turns"]
     assert set(turns) == set(TURNS)
-    told = [
-        sentence for turn in turns.values() for side in ("yes", "no") for sentence in turn[side]
-    ]
+    told = []
+    for turn in turns.values():
+        told += turn["yes"] + turn["no"]
     assert len(told) == len(set(told))
     assert all("{p}" in sentence for sentence in told)
     assert all(len(turn["yes"]) == len(turn["no"]) for turn in turns.values())
@@ -200,12 +210,7 @@ def test_the_two_sides_of_a_turn_are_told_apart_by_their_sentences_alone():
 
 def test_nothing_told_of_a_person_settles_a_turn_but_its_own_sentences():
     """No pattern of another fact, deed or scene has words that would answer a turn's question."""
-    g = grammar()
-    others = (
-        [p for r in g["relations"].values() for p in r["told"] + r["again"]]
-        + g["deeds"]
-        + g["scenes"]
-    )
+    others = patterns_of_facts() + patterns_of_no_fact()
     words_of = (
         r"\b(kept {his} word|came home|went home|sick|ill|fever|marr\w+|wedding|bride|rich|poor"
         r"|fortune|coins?|wrote|read)\b"
@@ -224,7 +229,8 @@ def test_wrong_replies_are_true_of_others_in_the_same_story():
 
 
 def test_nothing_but_the_text_gives_the_answer_away():
-    yes_no, reply = examples("yes_no", 2000, length=320), examples("reply", 1000, length=320)
+    yes_no = examples("yes_no", 2000, length=320)
+    reply = examples("reply", 1000, length=320)
     assert abs(sum(e.right == 0 for e in yes_no) / 2000 - 0.5) < 0.04
     for guess in (
         lambda o: 0,
@@ -269,8 +275,8 @@ def test_wrong_use_says_what_to_do(call, says):
 
 
 def test_shots_are_small_and_of_training_words():
-    found, shots = load_task("yes_no", 2, shots=3)
-    assert len(found) == 2
+    measured, shots = load_task("yes_no", 2, shots=3)
+    assert len(measured) == 2
     assert len(shots) == 3
     assert max(len(s.text.split()) for s in shots) < 60
     assert not set(re.findall(r"[A-Z][a-z]+", " ".join(s.text for s in shots))) & (
@@ -300,9 +306,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_real_rows_become_examples(folder):
-    found, shots = load_task("boolq", 2, shots=1, length=4)
+    measured, shots = load_task("boolq", 2, shots=1, length=4)
     assert shots[0].shown(answer=True).endswith("Question: is it 0?\nAnswer: yes")
-    assert found[0].shown(answer=True) == "T\np1 p1 p1 p1\nQuestion: is it 1?\nAnswer: no"
+    assert measured[0].shown(answer=True) == "T\np1 p1 p1 p1\nQuestion: is it 1?\nAnswer: no"
     assert load_task("mutual", 1)[0][0].shown(answer=True) == "m : hi b"
     assert load_task("xsum", 1)[0][0].options == ("short 0",)
 

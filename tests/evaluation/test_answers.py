@@ -67,14 +67,14 @@ def test_texts_equal_generate_row_by_row(pico):
         for prompt, text in zip(prompt_ids, texts, strict=True):
             full, ids = chosen.budget is None, torch.tensor([prompt])
             cache = None if full else LessCache(model, chosen, used)
-            given = {
+            settings = {
                 "attention_mask": torch.ones_like(ids),
                 "max_new_tokens": 12,
                 "do_sample": False,
                 "eos_token_id": newline,
             }
             with contextlib.nullcontext() if full else less(model):
-                plain = model.generate(ids, past_key_values=cache, **given)
+                plain = model.generate(ids, past_key_values=cache, **settings)
             expected = tokenizer.decode(plain[0, len(prompt) :], skip_special_tokens=True)
             assert text == expected.strip().split("\n")[0]
     assert len({tuple(texts) for texts in together}) > 1
@@ -87,7 +87,7 @@ def test_a_text_ends_with_its_line_even_where_that_is_its_first_token(pico, monk
     model, tokenizer = pico
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
 
-    def generate(ids, attention_mask, past_key_values, max_new_tokens, **given):
+    def generate(ids, attention_mask, past_key_values, max_new_tokens, **settings):
         if ids.shape[1] == 3:  # the prompts
             model(ids, attention_mask=attention_mask, past_key_values=past_key_values)
             return torch.cat([ids, torch.tensor([[405], [newline]])], 1)
@@ -126,19 +126,23 @@ def test_sampling_depends_on_the_seed_alone(pico):
 
 def test_prompts_drop_shots_before_text_and_text_before_the_question(pico):
     tokenizer = pico[1]
-    found, shots = examples("yes_no", 1), examples("yes_no", 3, heldout=False, small=True)
-    whole = prompts(found, shots, tokenizer, 10_000)[0]
+    measured = examples("yes_no", 1)
+    shots = examples("yes_no", 3, heldout=False, small=True)
+    whole = prompts(measured, shots, tokenizer, 10_000)[0]
     assert tokenizer.decode(whole[1:]) == "\n\n".join(
-        [*(s.shown(answer=True) for s in shots), found[0].shown()]
+        [*(s.shown(answer=True) for s in shots), measured[0].shown()]
     )
-    alone = encode(tokenizer, found[0].shown())
-    assert prompts(found, shots, tokenizer, len(alone))[0] == alone
-    cut = prompts(found, shots, tokenizer, 200)[0]
+    alone = encode(tokenizer, measured[0].shown())
+    assert prompts(measured, shots, tokenizer, len(alone))[0] == alone
+    cut = prompts(measured, shots, tokenizer, 200)[0]
     assert 190 <= len(cut) <= 200
-    assert tokenizer.decode(cut).endswith(found[0].lead)
-    assert tokenizer.decode(prompts(found, [], tokenizer, 200, text=False)[0][1:]) == found[0].lead
+    assert tokenizer.decode(cut).endswith(measured[0].lead)
+    assert (
+        tokenizer.decode(prompts(measured, [], tokenizer, 200, text=False)[0][1:])
+        == measured[0].lead
+    )
     with pytest.raises(ValueError, match="does not fit into 5: use a model with a longer context"):
-        prompts(found, shots, tokenizer, 5)
+        prompts(measured, shots, tokenizer, 5)
 
 
 def test_rouge_of_known_pairs():

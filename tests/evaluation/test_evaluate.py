@@ -1,5 +1,6 @@
 """Perplexity: what is counted, that batches and padding change nothing, and its errors."""
 
+import itertools
 import math
 
 import numpy as np
@@ -40,7 +41,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def windows():
-    rng, lengths = np.random.default_rng(0), [150, 7, 61, 150, 2, 33, 99]
+    rng = np.random.default_rng(0)
+    lengths = [150, 7, 61, 150, 2, 33, 99]
     return [
         Window(i // 2, (0, *rng.integers(1, 97, n - 1).tolist()), n // 2)
         for i, n in enumerate(lengths)
@@ -73,7 +75,7 @@ def corpus(*texts):
 @pytest.mark.parametrize("length", [8, 33, 64])
 def test_windows_that_cover_a_document_hold_its_tokens_and_its_words_once(tokenizer, length):
     windows = evaluation_windows(corpus(TEXT), tokenizer, length, 10_000, 10_000)
-    ids = [i for w in windows for i in w.ids[1:]]
+    ids = list(itertools.chain(*(w.ids[1:] for w in windows)))
     whole = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert ids == whole[: len(ids)]
     assert len(whole) - len(ids) <= 1  # a last window of one token is left out
@@ -155,9 +157,8 @@ def test_perplexity_is_the_textbook_sum_over_tokens_words_documents_and_position
 
 
 def test_the_standard_error_is_that_of_the_mean_over_documents(model, windows):
-    same = [
-        Window(d, w.ids, w.words) for d, w in enumerate(w for w in windows if len(w.ids) == 150)
-    ]
+    long = [w for w in windows if len(w.ids) == 150]
+    same = [Window(d, w.ids, w.words) for d, w in enumerate(long)]
     means = [reference(model, w).mean() for w in same]
     assert perplexity(model, same)["log_ppl_se"] == pytest.approx(
         np.std(means, ddof=1) / math.sqrt(len(means)), rel=1e-5
@@ -196,7 +197,8 @@ def test_losses_that_are_not_finite_are_refused(model, windows):
 
 # ---------------------------------------------------------------- the share of the gap
 def test_the_share_of_the_gap_and_its_interval():
-    tokens, rng = np.array([50, 120, 80, 200, 90]), np.random.default_rng(1)
+    tokens = np.array([50, 120, 80, 200, 90])
+    rng = np.random.default_rng(1)
     full = 3.0 * tokens
     gap = rng.uniform(0.1, 0.5, 5) * tokens
     results = [
@@ -220,7 +222,8 @@ def test_a_resample_without_a_gap_is_left_out_of_the_interval():
 
 
 def test_gaps_that_cannot_be_measured_are_refused():
-    one, other = {"by_document": [[30.0, 10], [20.0, 5]]}, {"by_document": [[30.0, 10], [20.0, 6]]}
+    one = {"by_document": [[30.0, 10], [20.0, 5]]}
+    other = {"by_document": [[30.0, 10], [20.0, 6]]}
     with pytest.raises(ValueError, match="not measured on the same windows"):
         gap_closed(one, other, one)
     with pytest.raises(ValueError, match="no gap to close"):

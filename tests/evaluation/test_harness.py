@@ -70,10 +70,10 @@ def manager(tmp_path_factory):
 
 
 def evaluated(lm, manager):
-    found = simple_evaluate(
+    results = simple_evaluate(
         lm, tasks=list(TASKS), task_manager=manager, log_samples=True, bootstrap_iters=0
     )
-    return {name: [[r[0] for r in s["resps"]] for s in found["samples"][name]] for name in TASKS}
+    return {name: [[r[0] for r in s["resps"]] for s in results["samples"][name]] for name in TASKS}
 
 
 def test_a_budget_of_the_whole_context_answers_as_the_stock_model(manager):
@@ -84,13 +84,13 @@ def test_a_budget_of_the_whole_context_answers_as_the_stock_model(manager):
     for arguments in ({"policy": "full"}, {"policy": "h2o", "fraction": 1.0, "kernels": "none"}):
         ours = evaluated(LessLM("pico-llama", device="cpu", batch_size=4, **arguments), manager)
         assert ours["continuation"] == stock["continuation"]
-        for mine, its in zip(ours["next_line"], stock["next_line"], strict=True):
-            assert [m[0] for m in mine] == pytest.approx([i[0] for i in its], abs=1e-3)
+        for got, expected in zip(ours["next_line"], stock["next_line"], strict=True):
+            assert [x[0] for x in got] == pytest.approx([x[0] for x in expected], abs=1e-3)
 
 
 def test_a_small_budget_scores_and_generates_as_the_library_does(manager):
     lm = LessLM("pico-llama", policy="h2o", fraction=0.05, device="cpu", batch_size=4)
-    found = evaluated(lm, manager)
+    responses = evaluated(lm, manager)
     model, kernels, policy = (
         lm.model,
         load_kernels("pico-llama", "h2o", 0.05),
@@ -109,7 +109,7 @@ def test_a_small_budget_scores_and_generates_as_the_library_does(manager):
         doc = sample["doc"]
         context = lm.tok_encode(doc["context"])
         with torch.no_grad(), less(model, policy, kernels):
-            for choice, (got, _) in zip(doc["choices"], found["next_line"][i], strict=True):
+            for choice, (got, _) in zip(doc["choices"], responses["next_line"][i], strict=True):
                 whole = lm.tok_encode(doc["context"] + "\n" + choice)
                 logits = (
                     model(torch.tensor([whole[:-1]]), use_cache=False).logits[0].log_softmax(-1)
@@ -123,7 +123,7 @@ def test_a_small_budget_scores_and_generates_as_the_library_does(manager):
                 torch.tensor([context]), past_key_values=cache, max_new_tokens=12, do_sample=False
             )
         assert (
-            found["continuation"][i][0]
+            responses["continuation"][i][0]
             == lm.tokenizer.decode(said[0, len(context) :]).split("\n\n")[0]
         )
 

@@ -1,4 +1,6 @@
-"""Experiments, claims and plots: the oracle of Figure 3 is exact, every verdict can hold and can fail, pictures come from JSON alone."""
+"""Experiments, claims and pictures: the oracle of Figure 3 is exact, every verdict can hold and can
+fail, pictures come from JSON alone, and recorded points are up to date.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,36 @@ import torch
 
 from lesslib.attention.whole_sequence import dense_attention
 from lesslib.data import load_corpus
-from lesslib.experiments import claims
-from lesslib.experiments import language as experiments
+from lesslib.experiments import (
+    Method,
+    attention_maps,
+    breakdown,
+    classification,
+    generation,
+    kernel_size,
+    language_modeling,
+    latency,
+    loaded,
+    low_rank_residuals,
+    multi_query,
+    prompt_length,
+    recipes,
+    seeds,
+    setting,
+    sparse_policies,
+    summarization,
+    tour,
+    training_kernels,
+    training_speed,
+)
+from lesslib.experiments.claims import claims_of
+from lesslib.experiments.records import rows
+from lesslib.experiments.scoring import cell_verdicts, shares
 from lesslib.models import kernel_path, load_kernels
 from lesslib.profiles import get_profile, get_tasks, results_dir, roles
 from lesslib.reporting import plots
 from lesslib.reporting.paper import PAPER, table2, table7
+from lesslib.reporting.results import cache_key
 from lesslib.util.paths import ASSETS, ROOT
 
 
@@ -24,10 +50,10 @@ def test_topk_with_every_key_is_dense_attention_and_with_one_is_the_heaviest_val
     torch.manual_seed(0)
     q = torch.randn(1, 4, 23, 8, dtype=torch.float64)
     k, v = (torch.randn(1, 2, 23, 8, dtype=torch.float64) for _ in range(2))
-    full, every = experiments.topk_outputs(q, k, v, 8**-0.5, 23)
+    full, every = low_rank_residuals.topk_outputs(q, k, v, 8**-0.5, 23)
     assert torch.allclose(full, dense_attention(q, k, v))
     assert torch.allclose(every, full)
-    _, one = experiments.topk_outputs(q, k, v, 8**-0.5, 1)
+    _, one = low_rank_residuals.topk_outputs(q, k, v, 8**-0.5, 1)
     heaviest = (q[0, 3, 10] @ k[0, 1, :11].T).argmax()
     assert torch.allclose(one[0, 3, 10], v[0, 1, heaviest])
 
@@ -36,7 +62,7 @@ def test_best_of_rank_leaves_exactly_the_smaller_singular_values():
     x = torch.randn(3, 20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     values = torch.linalg.svdvals(x)
     for rank in range(1, 7):
-        left = (x - experiments.best_of_rank(x, rank)).square().sum((1, 2))
+        left = (x - low_rank_residuals.best_of_rank(x, rank)).square().sum((1, 2))
         assert torch.allclose(left, values[:, rank:].square().sum(1), atol=1e-10)
 
 
@@ -50,6 +76,10 @@ def row(nll: float, *more: float) -> dict:
     }
 
 
+def at(fraction: float, nll: float) -> dict:
+    return row(nll) | {"parameters": {"fraction": fraction}}
+
+
 @pytest.mark.parametrize(
     ("ours", "performer", "expected"), [(1.2, 1.95, [True] * 4), (1.9, 1.2, [False] * 4)]
 )
@@ -60,23 +90,24 @@ def test_verdicts_of_a_table_hold_and_fail(ours, performer, expected):
         "Performer": row(performer),
         "LESS (5%)": row(ours),
     }
-    found = claims.perplexity_table(row(1.0), rows, "LESS (5%)", "here")
-    assert [v.holds for v in found] == expected
-    assert str(found[0]).startswith("holds" if expected[0] else "FAILS")
+    verdicts = cell_verdicts({"Full": row(1.0)} | rows, "LESS (5%)", "here")
+    assert [v.holds for v in verdicts] == expected
+    assert str(verdicts[0]).startswith("holds" if expected[0] else "FAILS")
 
 
 @pytest.mark.parametrize("worse", [0.3, -0.3])
 def test_kernels_trained_at_another_budget_are_compared_with_those_trained_at_it(worse):
-    points = {"c/Full": row(1.0)}
-    for f in ("2%", "10%"):
+    points = {"c/Full": row(1.0) | {"parameters": {}}}
+    for fraction in (0.1, 0.02):
         methods = {"Baseline": 2.0, "Baseline+": 1.9, "LESS (2%)": 1.3, "LESS (10%)": 1.3 + worse}
-        points |= {f"c/{f}/{m}": row(x) for m, x in methods.items()}
-    found = claims.language_modeling({"points": points}, ["c"], [0.1, 0.02])
-    assert len(found) == 5
-    assert found[-1].holds == (worse > 0)
-    shares = claims.shares({"points": points})
-    assert shares["c/2%", "LESS (2%)"][0] == "70.0%"
-    assert ("c/2%", "Baseline") not in shares
+        for label, nll in methods.items():
+            points[f"c/{fraction:.0%}/{label}"] = at(fraction, nll)
+    verdicts = language_modeling.verdicts({"points": points})
+    assert len(verdicts) == 5
+    assert verdicts[-1].holds == (worse > 0)
+    share = shares({"points": points})
+    assert share["c/2%", "LESS (2%)"][0] == "70.0%"
+    assert ("c/2%", "Baseline") not in share
 
 
 @pytest.mark.parametrize("low", [True, False])
@@ -92,8 +123,8 @@ def test_verdicts_of_figure_3_hold_and_fail(low):
             "parameters": {"what": "perplexity", "fraction": 0.05, "rank": rank},
             "token_ppl": ppl,
         }
-    found = claims.low_rank_residuals({"points": points})
-    assert [v.holds for v in found] == [low] * 3
+    verdicts = low_rank_residuals.verdicts({"points": points})
+    assert [v.holds for v in verdicts] == [low] * 3
 
 
 @pytest.mark.parametrize(("here", "holds"), [(0.21, True), (0.3, False)])
@@ -103,73 +134,79 @@ def test_a_layer_trained_here_is_compared_with_the_carried_one(here, holds):
         name: {"layers": {"0": {"best": error, "baseline_plus": 0.9}}}
         for name, error in best.items()
     }
-    assert [v.holds for v in claims.training_kernels({"points": points})] == [True, True, holds]
+    assert [v.holds for v in training_kernels.verdicts({"points": points})] == [True, True, holds]
 
 
 def test_carried_kernels_do_until_some_are_trained_here(monkeypatch):
-    assert experiments.kernels_dir("tiny", 8) == ASSETS / "kernels"
-    assert experiments.kernels_dir("tiny", 16) == ASSETS / "kernels" / "R16"
-    assert experiments.kernels_dir("wild", 8) == results_dir("wild") / "kernels"
-    found = experiments.fit("tiny", 0)
-    assert found["carried"]
-    assert found["layers"] == load_kernels("pico-llama", "h2o", 0.05).header["curves"]
-    assert all(
-        c["best"] == min(c["validation"]) < c["baseline_plus"] for c in found["layers"].values()
-    )
+    assert setting.kernels_dir("tiny", 8) == ASSETS / "kernels"
+    assert setting.kernels_dir("tiny", 16) == ASSETS / "kernels" / "R16"
+    assert setting.kernels_dir("wild", 8) == results_dir("wild") / "kernels"
+    fitted = setting.fit_kernels("tiny", 0)
+    assert fitted["carried"]
+    assert fitted["layers"] == load_kernels("pico-llama", "h2o", 0.05).header["curves"]
+    for curves in fitted["layers"].values():
+        assert curves["best"] == min(curves["validation"]) < curves["baseline_plus"]
     for profile in ("tiny", "smoke"):
         (results_dir(profile) / "kernels").mkdir(parents=True)
-    assert (
-        experiments.kernels_dir("smoke", 8) == ASSETS / "kernels"
-    )  # which only has the first seed's
-    assert experiments.fit("smoke", 1) == found
-    assert experiments.setting("smoke", 1, "LESS (5%)", fraction=0.05)[1].header["seed"] == 0
-    assert experiments.kernels_dir("tiny", 8) == results_dir("tiny") / "kernels"
+    # A quick profile keeps to the package, which only has the first seed's.
+    assert setting.kernels_dir("smoke", 8) == ASSETS / "kernels"
+    assert setting.fit_kernels("smoke", 1) == fitted
+    _, kernels = setting.policy_and_state(Method.less(0.05), "smoke", 1)
+    assert kernels.header["seed"] == 0
+    assert setting.kernels_dir("tiny", 8) == results_dir("tiny") / "kernels"
     monkeypatch.setattr(
-        experiments, "train_for_profile", lambda p, *rest: (p.model, p.kernel_size, *rest)
+        setting, "train_for_profile", lambda p, *rest: (p.model, p.kernel_size, *rest)
     )
     path = results_dir("tiny") / "kernels" / "R16" / "pico-falcon" / "lambda-0.1-seed3.safetensors"
-    assert experiments.fit("tiny", 3, "lambda", 0.1, "pico-falcon", 16) == {
+    assert setting.fit_kernels("tiny", 3, "lambda", 0.1, "pico-falcon", 16) == {
         "layers": ("pico-falcon", 16, "lambda", 0.1, path, 3)
     }
 
 
+def save_as_trained(kernels, profile):
+    """Put `kernels` where a profile's own lie."""
+    kernels.save(kernel_path("pico-llama", "h2o", 0.05, results_dir(profile) / "kernels"))
+
+
 def test_kernels_are_trained_when_a_method_needs_them(monkeypatch):
-    for profile in ("tiny", "wild"):  # the recipe of the carried kernels is tiny's
-        made = load_kernels("pico-llama", "h2o", 0.05)
-        made.header["data"] = [
-            load_corpus("topics-train").record()
-        ]  # which differs between versions of Python
-        made.save(kernel_path("pico-llama", "h2o", 0.05, results_dir(profile) / "kernels"))
+    less = Method.less(0.05)
+    # The recipe of the carried kernels is tiny's; their texts differ between versions of Python.
+    kernels = load_kernels("pico-llama", "h2o", 0.05)
+    kernels.header["data"] = [load_corpus("topics-train").record()]
+    for profile in ("tiny", "wild"):
+        save_as_trained(kernels, profile)
     trained = []
-    monkeypatch.setattr(experiments, "fit", lambda *a: trained.append(a))
-    with pytest.raises(FileNotFoundError, match=r"no kernels h2o-0\.02"):  # the stand-in made none
-        experiments.setting("tiny", 3, "LESS (2%)", fraction=0.05, kernel_size=4)
-    assert trained == [("tiny", 3, "h2o", 0.02, None, 4)]
-    assert experiments.setting("tiny", 0, "LESS (5%)", fraction=0.05, carried=True)[1] is not None
-    experiments.setting("smoke", 0, "LESS (5%)", fraction=0.05)
-    experiments.setting("tiny", 0, "Baseline+", fraction=0.05)
-    experiments.setting(
-        "tiny", 0, "LESS (5%)", fraction=0.05
-    )  # those that lie there are of this recipe
+    monkeypatch.setattr(setting, "fit_kernels", lambda *arguments: trained.append(arguments))
+    # The stand-in trains none.
+    with pytest.raises(FileNotFoundError, match=r"no kernels h2o-0\.02"):
+        setting.policy_and_state(Method.less(0.05, 0.02), "tiny", 3, kernel_size=4)
+    assert trained == [("tiny", 3, "h2o", 0.02, "pico-llama", 4)]
+    _, carried = setting.policy_and_state(less, "tiny", 0, carried=True)
+    assert carried is not None
+    setting.policy_and_state(less, "smoke", 0)
+    setting.policy_and_state(Method.baseline_plus(0.05), "tiny", 0)
+    # Those that lie there are of this recipe.
+    setting.policy_and_state(less, "tiny", 0)
     assert len(trained) == 1
-    experiments.setting("wild", 0, "LESS (5%)", fraction=0.05)  # and here they are not
-    assert trained[1:] == [("wild", 0, "h2o", 0.05, None, 8)]
-    made.header["recipe"] |= {"lr": 0.5}
-    made.save(kernel_path("pico-llama", "h2o", 0.05, results_dir("tiny") / "kernels"))
-    experiments.setting(
-        "tiny", 0, "LESS (5%)", fraction=0.05
-    )  # of as many windows of these texts, and of another recipe
-    assert trained[2:] == [("tiny", 0, "h2o", 0.05, None, 8)]
-    made.header["recipe"] = load_kernels("pico-llama", "h2o", 0.05).header["recipe"]
-    made.save(kernel_path("pico-llama", "h2o", 0.05, results_dir("tiny") / "kernels"))
-    monkeypatch.setattr(experiments, "sha256_of", lambda corpus: f"of another {corpus}")
-    experiments.setting("tiny", 0, "LESS (5%)", fraction=0.05)  # of this recipe, and of other texts
-    assert trained[3:] == [("tiny", 0, "h2o", 0.05, None, 8)]
-    del made.header["data"], made.header["sequences"]
-    made.save(kernel_path("pico-llama", "h2o", 0.05, results_dir("tiny") / "kernels"))
-    experiments.setting(
-        "tiny", 0, "LESS (5%)", fraction=0.05
-    )  # that do not say of what texts they are
+    # And here they are not.
+    setting.policy_and_state(less, "wild", 0)
+    assert trained[1:] == [("wild", 0, "h2o", 0.05, "pico-llama", 8)]
+    # Of as many windows of these texts, and of another recipe.
+    kernels.header["recipe"] |= {"lr": 0.5}
+    save_as_trained(kernels, "tiny")
+    setting.policy_and_state(less, "tiny", 0)
+    assert trained[2:] == [("tiny", 0, "h2o", 0.05, "pico-llama", 8)]
+    # Of this recipe, and of other texts.
+    kernels.header["recipe"] = load_kernels("pico-llama", "h2o", 0.05).header["recipe"]
+    save_as_trained(kernels, "tiny")
+    with monkeypatch.context() as patch:
+        patch.setattr(setting, "sha256_of", lambda corpus: f"of another {corpus}")
+        setting.policy_and_state(less, "tiny", 0)
+    assert trained[3:] == [("tiny", 0, "h2o", 0.05, "pico-llama", 8)]
+    # Of texts that they do not name.
+    del kernels.header["data"], kernels.header["sequences"]
+    save_as_trained(kernels, "tiny")
+    setting.policy_and_state(less, "tiny", 0)
     assert len(trained) == 5
 
 
@@ -188,7 +225,7 @@ def test_models_of_stories_train_their_kernels_on_stories():
 def test_verdicts_of_training_hold_and_fail(good):
     layers = {"0": {"best": 0.2 if good else 1.2, "baseline_plus": 0.9}}
     assert [
-        v.holds for v in claims.training_kernels({"points": {"h2o 5%": {"layers": layers}}})
+        v.holds for v in training_kernels.verdicts({"points": {"h2o 5%": {"layers": layers}}})
     ] == [good] * 2
     seconds = {
         512: (1, 10),
@@ -210,7 +247,7 @@ def test_verdicts_of_training_hold_and_fail(good):
                 "seconds_epoch": stepwise,
                 "peak_mib": peak,
             }
-    assert [v.holds for v in claims.training_speed({"points": points})] == [good] * 3
+    assert [v.holds for v in training_speed.verdicts({"points": points})] == [good] * 3
 
 
 def test_the_papers_cells_are_found_by_our_names():
@@ -223,7 +260,7 @@ def test_the_papers_cells_are_found_by_our_names():
 
 @pytest.mark.parametrize("profile", ["tiny", "wild"])
 def test_every_recorded_result_draws_and_is_complete(profile, monkeypatch, tmp_path):
-    """`--from-results`: no compute, and the recorded points are those that the experiments ask for."""
+    """`--from-results`: no compute, and the recorded points are those that experiments ask for."""
     recorded = ROOT / "results" / profile
     if profile == "wild" and not (recorded / "sparse_policies.json").is_file():
         pytest.skip("this copy carries no wild results")
@@ -232,21 +269,21 @@ def test_every_recorded_result_draws_and_is_complete(profile, monkeypatch, tmp_p
     (tmp_path / profile).mkdir()
     for path in recorded.glob("*.json"):
         os.symlink(path, tmp_path / profile / path.name)
-    monkeypatch.setattr(experiments, "load_model", lambda *a: pytest.fail("a model was loaded"))
-    record = experiments.language_modeling(profile)
-    corpora = list(experiments.get_profile(profile).evaluation)
-    groups = {c: (record["points"][f"{c}/Full"], plots.cells(record, f"{c}/5%")) for c in corpora}
-    figure = plots.save(plots.gaps(groups, "gaps"), profile, "gaps")
-    assert len(figure.axes[0].get_xticklabels()) == len(corpora)
+    monkeypatch.setattr(loaded, "load_model", lambda *a: pytest.fail("a model was loaded"))
+    loaded.model_of.cache_clear()
+    language = language_modeling.run(profile)
+    corpora = list(get_profile(profile).evaluation)
+    gaps = language_modeling.gap_figure(language, profile)
+    plots.save(gaps, profile, "gaps")
+    places = len(corpora) * len(get_profile(profile).fractions)
+    assert len(gaps.axes[0].get_xticklabels()) == places
     assert (tmp_path / profile / "figures" / "gaps.png").stat().st_size > 10_000
-    plots.save(plots.training_curves(experiments.training_kernels(profile)), profile, "curves")
-    plots.save(
-        plots.low_rank_residuals(experiments.low_rank_residuals(profile)), profile, "residuals"
-    )
-    rows = plots.cells(experiments.tour(profile), f"{corpora[0]}/5%")
-    assert list(rows) == ["Full", "Baseline", "Baseline+", "LESS (5%)"]
+    plots.save(training_kernels.figure(training_kernels.run(profile)), profile, "curves")
+    plots.save(low_rank_residuals.figure(low_rank_residuals.run(profile)), profile, "residuals")
+    entries = tour.cell(tour.run(profile))
+    assert list(entries) == ["Full", "Baseline", "Baseline+", "LESS (5%)"]
     assert json.loads((recorded / "tour.json").read_text())["manifest"]["profile"] == profile
-    assert set(experiments.sparse_policies(profile)["points"]) == {
+    assert set(sparse_policies.run(profile)["points"]) == {
         f"{c}/{p}/{m}"
         for c in corpora
         for p in ("lambda", "tova")
@@ -257,10 +294,11 @@ def test_every_recorded_result_draws_and_is_complete(profile, monkeypatch, tmp_p
 def test_tables_and_orders_for_readers():
     text = plots.table(["a", "b"], [["x", 1.23456], [None, 2]]).data
     assert text.splitlines() == ["| a | b |", "| --- | --- |", "| x | 1.235 |", "| – | 2 |"]  # noqa: RUF001
-    points = {
-        f"c/2%/{m}": {} for m in ("LESS (10%)", "Performer", "LESS (2%)", "Baseline+", "Baseline")
-    }
-    assert list(plots.cells({"points": points}, "c/2%")) == [
+    points = {}
+    for label in ("LESS (10%)", "Performer", "LESS (2%)", "Baseline+", "Baseline"):
+        points[f"c/2%/{label}"] = {}
+    methods = language_modeling.methods_at(0.02, [0.02, 0.05, 0.1])
+    assert list(rows({"points": points}, "c/2%", methods)) == [
         "Baseline",
         "Baseline+",
         "Performer",
@@ -272,14 +310,14 @@ def test_tables_and_orders_for_readers():
 def test_loss_by_kind_of_token_adds_up():
     kinds = {
         "Full": {"new": [30.0, 10], "near": [20.0, 20], "far": [40.0, 10]},
-        "5%/Baseline": {"new": [31.0, 10], "near": [28.0, 20], "far": [51.0, 10]},
-        "5%/LESS (5%)": {"new": [29.5, 10], "near": [30.0, 20], "far": [45.5, 10]},
+        "Baseline": {"new": [31.0, 10], "near": [28.0, 20], "far": [51.0, 10]},
+        "LESS (5%)": {"new": [29.5, 10], "near": [30.0, 20], "far": [45.5, 10]},
     }
-    rows = claims.by_recurrence({f"c/{m}": {"by_recurrence": k} for m, k in kinds.items()}, "5%")
-    assert rows == [
-        ["c", "new", "25%", "0.100", "5%", "150%"],
-        ["c", "near", "50%", "0.400", "40%", "-25%"],
-        ["c", "far", "25%", "1.100", "55%", "50%"],
+    entries = {label: {"by_recurrence": by_kind} for label, by_kind in kinds.items()}
+    assert language_modeling.by_recurrence(entries, "LESS (5%)") == [
+        ["new", "25%", "0.100", "5%", "150%"],
+        ["near", "50%", "0.400", "40%", "-25%"],
+        ["far", "25%", "1.100", "55%", "50%"],
     ]
 
 
@@ -300,16 +338,18 @@ def test_verdicts_of_generation_hold_and_fail(good):
         else {"LESS (5%)/dense": 1.6, "LESS (5%)/streaming": 1.9}
     )
     points |= {f"prefill/{name}": {"nats": n} for name, n in nats.items()}
-    assert [v.holds for v in claims.generation({"points": points})] == [good] * 5
+    assert [v.holds for v in generation.verdicts({"points": points})] == [good] * 5
 
 
 @pytest.mark.parametrize(("ours", "holds"), [(1.2, True), (1.9, False)])
 def test_verdicts_of_the_multi_query_model_hold_and_fail(ours, holds):
     methods = {"Baseline": 2.0, "Baseline+": 1.8, "LESS (5%)": ours}
-    points = {"c/Full": row(1.0)} | {f"c/5%/{m}": row(x) for m, x in methods.items()}
-    assert [
-        v.holds for v in claims.language_modeling({"points": points}, ["c"], [0.05], "Falcon, ")
-    ] == [holds] * 2
+    points = {"c/Full": at(0.05, 1.0), "kernels": {"parameters": {"name": "m"}}}
+    for label, nll in methods.items():
+        points[f"c/5%/{label}"] = at(0.05, nll)
+    verdicts = multi_query.verdicts({"points": points})
+    assert [v.holds for v in verdicts] == [holds] * 2
+    assert all(v.claim.startswith("Falcon, c, H2O at 5%: LESS (5%)") for v in verdicts)
 
 
 def test_a_limit_cuts_a_profile_and_keeps_its_results_apart(monkeypatch):
@@ -344,3 +384,130 @@ def test_a_limit_cuts_a_profile_and_keeps_its_results_apart(monkeypatch):
         monkeypatch.setenv("LESS_LIMIT", wrong)
         with pytest.raises(ValueError, match=f"limit is '{wrong}'"):
             get_profile("tiny")
+
+
+# ---------------------------------------------------------------------- claims of two records
+@pytest.mark.parametrize("gains", [True, False])
+def test_verdicts_on_random_features_and_on_the_order_of_methods(gains):
+    def point(nats: float) -> dict:
+        return {
+            "by_document": [[10 * nats, 10], [11 * nats, 10]],
+            "token_ppl": nats,
+            "parameters": {"name": "m", "fraction": 0.05},
+        }
+
+    methods = {
+        "Baseline": 3.0,
+        "Baseline+": 2.9,
+        "Performer": 2.5 if gains else 3.1,
+        "LESS (5%)": 2.0 if gains else 2.95,
+    }
+    points = {"c/Full": point(1.0)}
+    points |= {f"c/5%/{label}": point(nats) for label, nats in methods.items()}
+    record = {"points": points}
+    of_performer = language_modeling.performer_gains_nothing(record, record)
+    assert [v.holds for v in of_performer] == [not gains] * 2
+    of_order = list(language_modeling.order_of_methods(record, record))
+    assert [v.holds for v in of_order] == [gains] * 2
+    assert of_order[0].claim == "m c/5%: LESS < Baseline+ < Baseline"
+
+
+def test_the_claims_of_a_table_stand_in_its_file_in_the_papers_order():
+    claims = claims_of("language_modeling")
+    assert [claim.text.split()[0] for claim in claims] == ["LESS", "At", "Kernels", "Performer's"]
+    assert {claim.where for claim in claims} == {"Table 2"}
+    assert claims[0].paper == "WikiText at 2%: 10.745 < 12.718 < 13.333"
+    assert claims[0].needs == ("language_modeling", "multi_query")
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_verdicts_of_kernel_size_hold_and_fail(good):
+    nats = {2: 3.2, 4: 3.1, 8: 3.05} if good else {2: 3.0, 4: 3.15, 8: 3.35}
+
+    def points(nats: dict[int, float]) -> dict:
+        by_key = {}
+        for R, log_ppl in nats.items():
+            parameters = {"fraction": 0.05, "kernel_size": R}
+            by_key[f"5%/{R}/LESS (5%)"] = {"parameters": parameters, "log_ppl": log_ppl}
+            by_key[f"5%/{R}/Baseline+"] = {"parameters": parameters, "log_ppl": 3.3}
+        return {"points": by_key}
+
+    # What the third says of gains that grow more negative.
+    expected = [True] * 3 if good else [False, False, True]
+    assert [v.holds for v in kernel_size.verdicts(points(nats))] == expected
+    growing_gains = points({2: 3.2, 4: 3.1, 8: 2.9})
+    assert [v.holds for v in kernel_size.verdicts(growing_gains)] == [True, True, False]
+
+
+# ---------------------------------------------------------------------- methods
+def test_a_label_is_made_of_what_a_method_is():
+    labels = {
+        "Full": Method.full(),
+        "Baseline": Method.baseline(0.05, "tova"),
+        "Baseline+": Method.baseline_plus(0.05),
+        "Performer": Method.performer(0.05),
+        "LESS (2%)": Method.less(0.05, trained_fraction=0.02),
+        "running-mean": Method("every-second", 0.05, "running-mean"),
+    }
+    assert {label: method.label for label, method in labels.items()} == dict(
+        zip(labels, labels, strict=True)
+    )
+    with pytest.raises(ValueError, match="needs trained_fraction"):
+        Method("h2o", 0.05, "less")
+
+
+def test_methods_of_names_that_nobody_registered_are_refused():
+    with pytest.raises(ValueError, match="unknown policy 'every-third'"):
+        setting.policy_and_state(Method("every-third", 0.05), "smoke", 0)
+    with pytest.raises(ValueError, match="unknown state 'last-word'"):
+        setting.policy_and_state(Method("h2o", 0.05, "last-word"), "smoke", 0)
+
+
+def every_experiment(profile):
+    """Of all tables and figures, for seed 0."""
+    yield attention_maps.AttentionMaps(profile)
+    yield breakdown.Breakdown(profile)
+    yield classification.Classification(profile)
+    yield generation.Generation(profile)
+    yield kernel_size.KernelSize(profile)
+    yield language_modeling.LanguageModeling(profile)
+    yield latency.Latency(profile)
+    yield low_rank_residuals.LowRankResiduals(profile)
+    yield multi_query.MultiQuery(profile)
+    yield prompt_length.PromptLength(profile)
+    yield recipes.Recipes(profile)
+    yield seeds.Seeds(profile)
+    yield sparse_policies.SparsePolicies(profile)
+    for role in ("llama", "wide", "falcon"):
+        yield summarization.Summarization(profile, role)
+    yield tour.Tour(profile)
+    yield training_kernels.TrainingKernels(profile)
+    yield training_speed.TrainingSpeed(profile)
+
+
+@pytest.mark.parametrize("profile", ["tiny", "wild"])
+def test_no_key_and_no_parameter_of_a_recorded_point_changed(profile):
+    """Cache keys are of the recorded sources: texts differ between machines, here they need not
+    be.
+    """
+    for experiment in every_experiment(profile):
+        path = ROOT / "results" / profile / f"{experiment.name}.json"
+        if not path.is_file():
+            continue
+        record = json.loads(path.read_text())
+        assert {point.key for point in experiment.points()} == set(record["points"])
+        for point in experiment.points():
+            entry = record["points"][point.key]
+            assert entry["parameters"] == json.loads(json.dumps(point.parameters))
+            key = cache_key(point.parameters, 0, record["manifest"]["data"], experiment.version)
+            assert entry["cache_key"] == key
+            if point.method is not None and "method" in point.parameters:
+                assert point.method.label == point.parameters["method"]
+
+
+def test_recorded_points_of_tiny_name_their_sources():
+    """Texts in their order, then models, then the profile's settings."""
+    for experiment in every_experiment("tiny"):
+        record = json.loads((ROOT / "results/tiny" / f"{experiment.name}.json").read_text())
+        recorded = [source["name"] for source in record["manifest"]["data"]]
+        assert [source["name"] for source in experiment.sources()] == recorded

@@ -1,4 +1,4 @@
-"""Recorded results: whole or not at all, computed once, resumed, and refused when they are no good."""
+"""Recorded results: whole or not at all, computed once, resumed, and refused when no good."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lesslib.experiments.sweep import sweep
+from lesslib.experiments import Experiment, Point
 from lesslib.profiles import results_dir
 from lesslib.reporting.results import cache_key, load, manifest
 from lesslib.util import files
@@ -34,21 +34,37 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-class Compute:
-    """x -> x * x, with a record of its calls; raises at `fail`."""
+class Squares(Experiment):
+    """x -> x * x, noting its calls; raises at `fail`. What is `shared` goes to processes."""
 
-    def __init__(self, fail=None):
-        self.calls, self.fail = [], fail
+    name = "exp"
 
-    def __call__(self, x):
+    def __init__(self, points=POINTS, seed=0, fail=None, shared=(), **attributes):
+        super().__init__("tiny", seed)
+        self.parameters = points
+        self.fail = fail
+        self.shared = shared
+        self.calls = []
+        self.data = attributes.pop("data", DATA)
+        self.version = attributes.pop("version", 1)
+        self.together = attributes.pop("together", ())
+        assert not attributes
+
+    def points(self):
+        return [Point(key, parameters) for key, parameters in self.parameters.items()]
+
+    def sources(self):
+        return self.data
+
+    def may_be_shared(self, point):
+        return point.key in self.shared
+
+    def compute(self, point):
+        x = point.parameters["x"]
         if x == self.fail:
             raise RuntimeError("interrupted")
         self.calls.append(x)
         return {"square": x * x}
-
-
-def run(compute, points=POINTS, seed=0, data=DATA, **more):
-    return sweep("exp", "tiny", seed, points, compute, lambda: data, **more)
 
 
 def squares(record):
@@ -57,22 +73,24 @@ def squares(record):
 
 # ---------------------------------------------------------------- sweeps
 def test_points_are_computed_once_and_carry_what_they_depend_on():
-    first, again = Compute(), Compute()
-    record = run(first)
+    first = Squares()
+    again = Squares()
+    record = first.run()
     assert first.calls == [1, 2, 3]
     assert squares(record) == {"one": 1, "two": 4, "three": 9}
     assert record["points"]["two"]["parameters"] == {"x": 2}
     assert (record["manifest"]["data"], record["manifest"]["seed"]) == (DATA, 0)
-    assert run(again) == record == load("exp", "tiny")
+    assert again.run() == record == load("exp", "tiny")
     assert again.calls == []
 
 
 def test_an_interrupted_sweep_keeps_what_is_finished_and_resumes():
-    first, second = Compute(fail=3), Compute()
+    first = Squares(fail=3)
+    second = Squares()
     with pytest.raises(RuntimeError, match="interrupted"):
-        run(first)
+        first.run()
     assert squares(load("exp", "tiny")) == {"one": 1, "two": 4}
-    assert squares(run(second)) == {"one": 1, "two": 4, "three": 9}
+    assert squares(second.run()) == {"one": 1, "two": 4, "three": 9}
     assert second.calls == [3]
 
 
@@ -87,19 +105,23 @@ def two_threads():
     torch.set_num_threads(threads)
 
 
-def note(x):
+class Meeting(Squares):
     """x squared, who computed it and with how many threads. 2 and 3 wait for each other."""
-    (results_dir("tiny") / f"{x}.begun").touch()
-    met = x == 1 or wait_until(
-        lambda: all((results_dir("tiny") / f"{other}.begun").exists() for other in (2, 3))
-    )
-    return {"square": x * x, "pid": os.getpid(), "threads": torch.get_num_threads(), "met": met}
+
+    def compute(self, point):
+        x = point.parameters["x"]
+        folder = results_dir("tiny")
+        (folder / f"{x}.begun").touch()
+        met = x == 1 or wait_until(
+            lambda: all((folder / f"{other}.begun").exists() for other in (2, 3))
+        )
+        return {"square": x * x, "pid": os.getpid(), "threads": torch.get_num_threads(), "met": met}
 
 
 @linux
 @pytest.mark.usefixtures("two_threads")
 def test_points_that_may_be_shared_are_computed_at_the_same_time_and_the_others_here():
-    points = run(note, share=lambda parameters: parameters["x"] != 1)["points"]
+    points = Meeting(shared=("two", "three")).run()["points"]
     assert squares({"points": points}) == {"one": 1, "two": 4, "three": 9}
     assert points["one"]["pid"] == os.getpid() not in (points["two"]["pid"], points["three"]["pid"])
     assert points["two"]["pid"] != points["three"]["pid"]
@@ -112,48 +134,73 @@ def test_points_that_may_be_shared_are_computed_at_the_same_time_and_the_others_
 @pytest.mark.parametrize(("threads", "points"), [(1, POINTS), (2, {"one": {"x": 1}})])
 def test_one_thread_or_one_point_is_not_shared(threads, points):
     torch.set_num_threads(threads)
-    compute = Compute()
-    run(compute, points=points, share=lambda parameters: True)
-    assert compute.calls == [p["x"] for p in points.values()]  # in this process
+    experiment = Squares(points, shared=tuple(points))
+    experiment.run()
+    # In this process, or the calls would be another's.
+    assert experiment.calls == [p["x"] for p in points.values()]
 
 
 @linux
 @pytest.mark.usefixtures("two_threads")
 def test_a_shared_point_that_fails_is_raised_and_what_ended_before_is_kept():
     with pytest.raises(RuntimeError, match="interrupted"):
-        run(Compute(fail=3), share=lambda parameters: parameters["x"] != 1)
+        Squares(fail=3, shared=("two", "three")).run()
     assert squares(load("exp", "tiny"))["one"] == 1
     assert "three" not in load("exp", "tiny")["points"]
-    assert squares(run(Compute(), share=lambda parameters: True)) == {
-        "one": 1,
-        "two": 4,
-        "three": 9,
-    }
+    again = Squares(shared=tuple(POINTS))
+    assert squares(again.run()) == {"one": 1, "two": 4, "three": 9}
+
+
+class Products(Squares):
+    """x * y, the points of one x at once, and how many these were."""
+
+    def compute_together(self, points):
+        values = []
+        for point in points:
+            x = point.parameters["x"]
+            values.append({"square": x * point.parameters.get("y", 0), "of": len(points)})
+        return values
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("shared", [False, True])
-def test_points_that_differ_in_some_parameters_alone_are_computed_together(shared):
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_points_that_differ_in_some_parameters_alone_are_computed_together(is_shared):
     points = {f"{x}{y}": {"x": x, "y": y} for x in (1, 2) for y in (3, 4)} | {"1": {"x": 1}}
-
-    def compute(x, cases):
-        return [{"square": x * case.get("y", 0), "of": len(cases)} for case in cases]
-
-    record = run(compute, points=points, share=lambda parameters: shared, together=("y",))
+    shared = tuple(points) if is_shared else ()
+    record = Products(points, shared=shared, together=("y",)).run()
     found = {name: (p["square"], p["of"]) for name, p in record["points"].items()}
     assert found == {"13": (3, 3), "14": (4, 3), "1": (0, 3), "23": (6, 2), "24": (8, 2)}
     assert all(p["parameters"] == points[name] for name, p in record["points"].items())
-    more = run(compute, points=points | {"15": {"x": 1, "y": 5}}, together=("y",))
-    assert more["points"]["15"]["of"] == 1  # what is recorded is not computed again
+    more = Products(points | {"15": {"x": 1, "y": 5}}, together=("y",)).run()
+    # What is recorded is not computed again.
+    assert more["points"]["15"]["of"] == 1
 
 
-def test_fewer_values_than_cases_are_refused():
+def test_fewer_values_than_points_are_refused():
+    class Short(Squares):
+        def compute_together(self, points):
+            return [{"square": 1}]
+
     with pytest.raises(ValueError, match="shorter"):
-        run(
-            lambda x, cases: [{"square": 1}],
-            points={"a": {"x": 1, "y": 1}, "b": {"x": 1, "y": 2}},
-            together=("y",),
-        )
+        Short({"a": {"x": 1, "y": 1}, "b": {"x": 1, "y": 2}}, together=("y",)).run()
+
+
+def test_what_a_shared_point_needs_is_made_here_before_processes_begin():
+    """Kernels are trained once, by the parent; of points that are not shared, when computed."""
+
+    class Prepared(Squares):
+        def prepare(self, point):
+            assert self.calls == []
+            prepared.append(point.key)
+
+    prepared = []
+    Prepared(shared=("two", "three")).run()
+    assert prepared == ["two", "three"]
+
+
+class Dying(Squares):
+    def compute(self, point):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @linux
@@ -162,7 +209,7 @@ def test_a_process_that_dies_is_an_error_that_says_what_to_do():
     with pytest.raises(
         RuntimeError, match=r"a process that computed a point died.*OMP_NUM_THREADS=1"
     ):
-        run(lambda x: os.kill(os.getpid(), signal.SIGKILL), share=lambda parameters: True)
+        Dying(shared=tuple(POINTS)).run()
 
 
 @linux
@@ -172,12 +219,19 @@ def test_processes_that_share_points_end_with_their_parent(home):
 import os, sys, time
 import torch
 from pathlib import Path
-from lesslib.experiments.sweep import sweep
+from lesslib.experiments import Experiment, Point
 torch.set_num_threads(2)
-def compute(x):
-    Path(sys.argv[1], f"{x}.pid").write_text(str(os.getpid()))
-    time.sleep(600)
-sweep("exp", "tiny", 0, {"one": {"x": 1}, "two": {"x": 2}}, compute, lambda: [], share=lambda parameters: True)
+class Sleeping(Experiment):
+    name = "exp"
+    shares_points = True
+    def points(self):
+        return [Point("one", {"x": 1}), Point("two", {"x": 2})]
+    def sources(self):
+        return []
+    def compute(self, point):
+        Path(sys.argv[1], f"{point.key}.pid").write_text(str(os.getpid()))
+        time.sleep(600)
+Sleeping("tiny").run()
 """
     parent = subprocess.Popen([sys.executable, "-c", code, str(home)], cwd=ROOT)
     try:
@@ -204,7 +258,7 @@ def wait_until(holds, seconds=60):
 
 
 def test_every_part_of_a_points_identity_recomputes_it():
-    run(Compute())
+    Squares().run()
     changes = [
         ({"points": {**POINTS, "two": {"x": 5}}}, [5]),
         ({"points": {**POINTS, "four": {"x": 4}}}, [2, 4]),
@@ -213,9 +267,9 @@ def test_every_part_of_a_points_identity_recomputes_it():
         ({"seed": 1, "data": [{"sha256": "cd"}], "version": 2}, [1, 2, 3]),
     ]
     for change, calls in changes:
-        compute = Compute()
-        run(compute, **change)
-        assert compute.calls == calls, change
+        experiment = Squares(**change)
+        experiment.run()
+        assert experiment.calls == calls, change
 
 
 def test_a_cache_key_does_not_depend_on_order():
@@ -224,21 +278,21 @@ def test_a_cache_key_does_not_depend_on_order():
 
 
 def test_with_a_ledger_only_points_that_this_machine_computed_count(home, monkeypatch):
-    run(Compute())  # as committed by somebody else
+    # As committed by somebody else.
+    Squares().run()
     monkeypatch.setenv("LESS_LEDGER", str(home / "ledger.json"))
-    halfway, rest, nothing = Compute(fail=2), Compute(), Compute()
+    halfway = Squares(fail=2)
+    rest = Squares()
+    nothing = Squares()
     with pytest.raises(RuntimeError, match="interrupted"):
-        run(halfway)
-    assert squares(load("exp", "tiny")) == {
-        "one": 1,
-        "two": 4,
-        "three": 9,
-    }  # those not yet recomputed stay recorded
-    assert squares(run(rest)) == {"one": 1, "two": 4, "three": 9}
-    run(nothing)
+        halfway.run()
+    # Those not yet recomputed stay recorded.
+    assert squares(load("exp", "tiny")) == {"one": 1, "two": 4, "three": 9}
+    assert squares(rest.run()) == {"one": 1, "two": 4, "three": 9}
+    nothing.run()
     assert (halfway.calls, rest.calls, nothing.calls) == ([1], [2, 3], [])
     monkeypatch.delenv("LESS_LEDGER")
-    run(nothing)
+    nothing.run()
     assert nothing.calls == []
 
 
@@ -247,60 +301,61 @@ def test_a_damaged_ledger_is_named_with_the_fix(home, monkeypatch, content):
     (home / "ledger.json").write_text(content)
     monkeypatch.setenv("LESS_LEDGER", str(home / "ledger.json"))
     with pytest.raises(ValueError, match=r"ledger\.json is damaged .*delete it"):
-        run(lambda x: pytest.fail("computed"))
+        Squares().run()
 
 
 def test_from_results_computes_nothing_and_names_what_is_missing(monkeypatch):
     monkeypatch.setenv("LESS_FROM_RESULTS", "1")
-    compute = Compute()
+    whole = Squares()
     with pytest.raises(
         FileNotFoundError,
         match=r"exp\.json does not hold one, two, three: run once without --from-results",
     ):
-        run(compute)
+        whole.run()
     monkeypatch.delenv("LESS_FROM_RESULTS")
-    run(Compute(), points={"one": {"x": 1}, "two": {"x": 2}})
+    Squares({"one": {"x": 1}, "two": {"x": 2}}).run()
     monkeypatch.setenv("LESS_FROM_RESULTS", "1")
     with pytest.raises(FileNotFoundError, match="does not hold three:"):
-        run(compute)
-    record = sweep(
-        "exp", "tiny", 0, {"one": {"x": 1}}, compute, lambda: pytest.fail("data were loaded")
-    )
-    assert record["points"]["one"]["square"] == 1
-    assert compute.calls == []
+        whole.run()
+    part = Squares({"one": {"x": 1}})
+    monkeypatch.setattr(part, "sources", lambda: pytest.fail("data were loaded"))
+    assert part.run()["points"]["one"]["square"] == 1
+    assert part.calls == whole.calls == []
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"[1]", b"{}", b'{"points": 3}', b"\xff\xfe"])
 def test_a_damaged_file_is_named_with_the_fix(content):
     path = results_dir("tiny") / "exp.json"
     write_bytes(path, content)
-    compute = Compute()
+    experiment = Squares()
     with pytest.raises(
         ValueError, match=rf"{re.escape(str(path))} is damaged .*git checkout, or delete it"
     ):
-        run(compute)
-    assert compute.calls == []
+        experiment.run()
+    assert experiment.calls == []
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_refused_and_the_file_stays(value):
-    record = run(Compute(), points={"one": {"x": 1}})
+    record = Squares({"one": {"x": 1}}).run()
+    infinite = Squares()
+    infinite.compute = lambda point: {"square": [value]}
     with pytest.raises(
         ValueError, match=r"exp\.json is left as it was: a new value is NaN or infinite"
     ):
-        run(lambda x: {"square": [value]})
+        infinite.run()
     assert load("exp", "tiny") == record
 
 
 def test_a_results_folder_that_cannot_be_written_is_said_before_compute(home, monkeypatch):
     (home / "file").write_text("not a folder")
     monkeypatch.setenv("LESS_RESULTS", str(home / "file"))
-    compute = Compute()
+    experiment = Squares()
     with pytest.raises(
         OSError, match=r"cannot write .*make that folder writable, or set LESS_RESULTS"
     ):
-        run(compute)
-    assert compute.calls == []
+        experiment.run()
+    assert experiment.calls == []
 
 
 # ---------------------------------------------------------------- files
@@ -359,16 +414,18 @@ def test_a_manifest_says_where_a_result_comes_from_and_is_json():
 
 # ---------------------------------------------------------------- progress
 def test_progress_tells_the_runner_the_point_and_the_loop_inside_it(home, monkeypatch):
-    file, seen = home / "progress.json", []
+    file = home / "progress.json"
+    seen = []
     monkeypatch.setenv("LESS_PROGRESS", str(file))
 
-    def compute(x):
-        seen.append(json.loads(file.read_text()))
-        progress("steps", 2, 5)
-        seen.append(json.loads(file.read_text()))
-        return {"square": x * x}
+    class Looping(Squares):
+        def compute(self, point):
+            seen.append(json.loads(file.read_text()))
+            progress("steps", 2, 5)
+            seen.append(json.loads(file.read_text()))
+            return super().compute(point)
 
-    run(compute, points={"one": {"x": 1}, "two": {"x": 2}})
+    Looping({"one": {"x": 1}, "two": {"x": 2}}).run()
     assert seen == [
         ["exp 0/2"],
         ["exp 0/2", "steps 2/5"],
@@ -377,6 +434,7 @@ def test_progress_tells_the_runner_the_point_and_the_loop_inside_it(home, monkey
     ]
     assert json.loads(file.read_text()) == ["exp 2/2"]
     with pytest.raises(RuntimeError, match="interrupted"):
-        run(Compute(fail=3), points={"three": {"x": 3}})
-    progress("alone", 1, 4)  # outside a sweep, also after one that failed
+        Squares({"three": {"x": 3}}, fail=3).run()
+    # Outside a sweep, also after one that failed.
+    progress("alone", 1, 4)
     assert json.loads(file.read_text()) == ["alone 1/4"]

@@ -1,22 +1,23 @@
-"""The scoreboard: every claim can hold and can fail, and is not measured where a record is missing."""
+"""The scoreboard: every claim holds or fails by its record, and is not measured without one."""
 
 import numpy as np
 import pytest
 from tiny_models import parameter_count
 
-from lesslib.experiments import claims, scoreboard
-from lesslib.experiments.scoreboard import (
-    by_length,
-    claim_list,
-    difference,
-    groups,
-    nats_apart,
-    neighbours,
-    recovered,
-    skilled,
-    status,
-    verdicts,
+from lesslib.experiments import (
+    attention_maps,
+    classification,
+    prompt_length,
+    scoreboard,
+    sizes,
+    summarization,
 )
+from lesslib.experiments.claims import claims_of
+from lesslib.experiments.prompt_length import by_length, neighbours
+from lesslib.experiments.records import groups
+from lesslib.experiments.scoreboard import claim_list, status, verdicts
+from lesslib.experiments.statistics import difference, nats_apart, skilled
+from lesslib.experiments.summarization import at_fractions, gives_back, recovered, scores_above
 from lesslib.profiles import results_dir
 from lesslib.reporting import plots
 from lesslib.states import Kernels
@@ -47,18 +48,17 @@ def table(less: float, budget: str = "5%") -> dict:
 
 
 def test_groups_are_methods_of_one_cell_with_the_full_cache_among_them():
-    found = groups(table(36.0))
-    assert list(found) == ["t/5%"]
-    assert set(found["t/5%"]) == {"Full", "withheld", "Baseline", "Baseline+", "LESS (5%)"}
+    cells = groups(table(36.0))
+    assert list(cells) == ["t/5%"]
+    assert set(cells["t/5%"]) == {"Full", "withheld", "Baseline", "Baseline+", "LESS (5%)"}
     assert groups({"points": {"t/Full": {}, "t/Baseline+": {}, "t/LESS (5%)": {}}}) == {
         "t": {"Full": {}, "Baseline+": {}, "LESS (5%)": {}}
     }
 
 
 def test_nats_apart_are_a_token_and_paired_by_document():
-    more, less = (
-        {"by_document": [[x, 4], [y, 6]], "tokens": 10} for x, y in ((10.0, 20.0), (8.0, 15.0))
-    )
+    more = {"by_document": [[10.0, 4], [20.0, 6]], "tokens": 10}
+    less = {"by_document": [[8.0, 4], [15.0, 6]], "tokens": 10}
     assert nats_apart(more, less) == pytest.approx([0.7, 0.4, 1.0])
     assert nats_apart(less, more) == pytest.approx([-0.7, -1.0, -0.4])
     assert nats_apart(less, less) == [0, 0, 0]
@@ -66,19 +66,42 @@ def test_nats_apart_are_a_token_and_paired_by_document():
 
 @pytest.mark.parametrize(("less", "holds"), [(36.0, True), (31.0, False)])
 def test_rouge_verdicts_hold_and_fail(less, holds):
-    assert [v.holds for v in scoreboard.summarization(table(less), table(less))] == [holds] * 2
-    assert [v.holds for v in scoreboard.summarization(table(less), least=0.39)] == [holds]
-    for only in ("/20%", ["/20%"]):
-        assert list(scoreboard.summarization(table(less), only=only)) == []
-    assert [v.holds for v in scoreboard.summarization(table(less), rival="Baseline")] == [True]
-    rows = groups(table(less))["t/5%"]
+    record = table(less)
+    (plus,) = scores_above(groups(record))
+    assert plus.holds is holds
+    rows = groups(record)["t/5%"]
+    assert gives_back("t/5%", rows, "LESS (5%)", least=0.39).holds is holds
+    assert at_fractions(record, 0.2) == {}
+    (alone,) = scores_above(groups(record), rival="Baseline")
+    assert alone.holds is True
     assert recovered(rows, "LESS (5%)") == pytest.approx((less - 32) / 10)
     assert recovered(rows, "LESS (5%)", "Baseline") == pytest.approx((less - 30) / 12)
     assert recovered(rows | {"Full": texts(20.0)}, "LESS (5%)") is None
-    both = {"points": table(less)["points"] | {"t/5%/LESS (2%)": texts(33.0, 35.0, fraction=0.05)}}
-    assert [
-        v.holds for v in scoreboard.summarization(both, method="LESS (2%)", only=("/5%", "/10%"))
-    ] == [True]
+
+
+def test_rouge_verdicts_are_on_every_row_of_less_and_every_model():
+    other_kernels = {"t/5%/LESS (2%)": texts(33.0, 35.0, fraction=0.05)}
+    both = {"points": table(31.0)["points"] | other_kernels}
+    assert [v.holds for v in scores_above(at_fractions(both, 0.05, 0.1))] == [False, True]
+    records = {"llama": table(36.0), "wide": table(31.0), "falcon": table(36.0)}
+    assert [v.holds for v in summarization.verdicts(records)] == [True, False, True]
+    assert [v.holds for v in summarization.rerun_verdicts(table(36.0))] == [True]
+
+
+@pytest.mark.parametrize(("less", "holds"), [(38.0, True), (31.0, False)])
+def test_falcons_share_is_of_one_task_budget_and_set_of_kernels(less, holds):
+    rows = {"Baseline": 30.0, "Baseline+": 32.0, "LESS (5%)": 40.0, "LESS (10%)": less}
+    points = {}
+    for task in ("summary", "sentence"):
+        points[f"{task}/Full"] = texts(41.0, 43.0)
+        for budget in ("10%", "20%"):
+            for label, score in rows.items():
+                entry = texts(score - 1, score + 1, fraction=FRACTIONS[budget])
+                points[f"{task}/{budget}/{label}"] = entry
+    (verdict,) = summarization.falcon_gives_back({"points": points})
+    assert verdict.holds is holds
+    claim = "m, summary/20%: LESS (10%) gives back at least 41.4% of what Baseline+ loses"
+    assert verdict.claim == claim
 
 
 def test_differences_say_when_they_are_noise():
@@ -99,39 +122,19 @@ def right(n: int, majority: float = 0.5) -> dict:
 def test_classification_verdicts_hold_and_fail(good):
     points = {f"t/{m}": right(70) for m in ("Full", "Baseline", "Baseline+")}
     points |= {"t/LESS (5%)": right(90 if good else 50), "t/withheld": right(55 if good else 65)}
-    assert [v.holds for v in scoreboard.classification({"points": points})] == [good] * 2
-    assert [v.holds for v in scoreboard.classification({"points": points}, withheld=False)] == [
-        good
-    ]
+    record = {"points": points}
+    assert [v.holds for v in classification.verdicts(record)] == [good] * 2
+    assert [v.holds for v in classification.right_more_often(record)] == [good]
 
 
 @pytest.mark.parametrize("good", [True, False])
-def test_verdicts_of_attention_and_kernel_size_hold_and_fail(good):
+def test_verdicts_of_attention_hold_and_fail(good):
     distances = {
         "0": {"LESS": [0.1, 0.2], "sparse": [0.3, 0.3]},
         "1": {"LESS": [0.2 if good else 0.5], "sparse": [0.4]},
     }
-    assert [
-        v.holds for v in scoreboard.attention_maps({"points": {"h2o": {"distances": distances}}})
-    ] == [good]
-    nats = {2: 3.2, 4: 3.1, 8: 3.05} if good else {2: 3.0, 4: 3.15, 8: 3.35}
-    points = {
-        f"5%/{R}/LESS (5%)": {"parameters": {"kernel_size": R}, "log_ppl": x}
-        for R, x in nats.items()
-    }
-    points |= {
-        f"5%/{R}/Baseline+": {"parameters": {"kernel_size": R}, "log_ppl": 3.3} for R in nats
-    }
-    expected = (
-        [True] * 3 if good else [False, False, True]
-    )  # what the third says of gains that grow more negative
-    assert [v.holds for v in scoreboard.kernel_size({"points": points})] == expected
-    fast = {f"5%/{R}/LESS (5%)": {"log_ppl": x} for R, x in {2: 3.2, 4: 3.1, 8: 2.9}.items()}
-    assert [v.holds for v in scoreboard.kernel_size({"points": points | fast})] == [
-        True,
-        True,
-        False,
-    ]
+    record = {"points": {"h2o": {"distances": distances}}}
+    assert [v.holds for v in attention_maps.verdicts(record)] == [good]
 
 
 @pytest.mark.parametrize(("growth", "holds"), [(5.0, True), (-5.0, False)])
@@ -139,7 +142,7 @@ def test_verdict_of_prompt_lengths_holds_and_fails(growth, holds):
     lead = growth * np.arange(8)
     rows = {"Full": 9 + 0 * lead, "LESS (5%)": lead, "Baseline": 2 * lead, "Baseline+": 0 * lead}
     points = {f"t/{n}/{m}": texts(*(20.0 + x)) for n in (300, 400) for m, x in rows.items()}
-    plus, alone = scoreboard.prompt_length({"points": points})
+    plus, alone = prompt_length.verdicts({"points": points})
     assert (plus.holds, alone.holds) == (holds, not holds)
     assert plus.numbers.startswith(f"{growth:+.2f} points per 100 tokens")
     assert "over Baseline grows" in alone.claim
@@ -160,7 +163,7 @@ def test_an_interval_over_prompts_keeps_the_lengths_of_a_story_together():
         }
         points |= {f"t/{n}/{m}": texts(*x) | {"prompt_tokens": [n] * 4} for m, x in rows.items()}
     assert (
-        next(scoreboard.prompt_length({"points": points})).numbers
+        next(prompt_length.verdicts({"points": points})).numbers
         == "+1.00 points per 100 tokens [+1.00, +1.00]"
     )
 
@@ -187,61 +190,38 @@ def test_nothing_is_decided_where_the_full_cache_fails_at_the_task():
         "Baseline+": 0 * lead,
     }
     lengths = {f"t/{n}/{m}": texts(*x) for n in (300, 400) for m, x in scores.items()}
-    found = [*scoreboard.summarization(answers), *scoreboard.summarization(answers, least=0.4)]
-    found += [
-        *scoreboard.classification({"points": rows}),
-        *scoreboard.prompt_length({"points": lengths}),
+    cells = groups(answers)
+    undecided = [
+        *scores_above(cells),
+        gives_back("t/5%", cells["t/5%"], "LESS (5%)", least=0.4),
+        *classification.verdicts({"points": rows}),
+        *prompt_length.verdicts({"points": lengths}),
     ]
-    assert [v.holds for v in found] == [None] * 5
-    assert status(found) == "undecided"
-    assert str(found[0]).startswith("undecided: ")
-    assert "fails at the task" in found[0].numbers
-    assert status([*found, *scoreboard.sizes("state")]) == "2 hold, 5 open"
+    assert [v.holds for v in undecided] == [None] * 5
+    assert status(undecided) == "undecided"
+    assert str(undecided[0]).startswith("undecided: ")
+    assert "fails at the task" in undecided[0].numbers
+    assert status([*undecided, *sizes.state()]) == "2 hold, 5 open"
 
 
 def test_nothing_is_decided_within_noise():
     points = table(36.0)["points"] | {
         "t/5%/LESS (5%)": texts(20.0, 50.0, fraction=0.05)
     }  # 35 against 32 on average
-    found = list(scoreboard.summarization({"points": points}))
+    undecided = list(scores_above(groups({"points": points})))
     scores = {
         "Full": [40.0] * 6,
         "LESS (5%)": [1.0, 9.0, 2.0, 8.0, 0.0, 7.0],
         "Baseline": [0.0] * 6,
         "Baseline+": [0.0] * 6,
     }
-    found += scoreboard.prompt_length(
+    undecided += prompt_length.verdicts(
         {"points": {f"t/300/{m}": texts(*x) for m, x in scores.items()}}
     )
     rows = {"q/Full": right(90), "q/Baseline+": right(60), "q/LESS (5%)": right(61)}
-    found += scoreboard.classification({"points": rows})
-    assert [v.holds for v in found] == [None] * 4
-    assert all("fails" not in v.numbers for v in found)
-
-
-@pytest.mark.parametrize("gains", [True, False])
-def test_verdicts_on_random_features_and_on_the_order_of_methods(gains):
-    point = lambda nats: {
-        "by_document": [[10 * nats, 10], [11 * nats, 10]],
-        "token_ppl": nats,
-        "parameters": {"name": "m"},
-    }  # noqa: E731
-    rows = {
-        "Baseline": 3.0,
-        "Baseline+": 2.9,
-        "Performer": 2.5 if gains else 3.1,
-        "LESS (5%)": 2.0 if gains else 2.95,
-    }
-    points = {"c/Full": point(1.0)} | {f"c/5%/{m}": point(x) for m, x in rows.items()}
-    assert [
-        v.holds for v in scoreboard.ordered({"points": points}, {"points": points}, performer=True)
-    ] == [not gains] * 2
-    assert [v.holds for v in scoreboard.ordered({"points": points}, {"points": points})] == [
-        gains
-    ] * 2
-    assert (
-        next(scoreboard.ordered({"points": points})).claim == "m c/5%: LESS < Baseline+ < Baseline"
-    )
+    undecided += classification.verdicts({"points": rows})
+    assert [v.holds for v in undecided] == [None] * 4
+    assert all("fails" not in v.numbers for v in undecided)
 
 
 def test_nearest_neighbour_regression():
@@ -258,66 +238,73 @@ def test_sizes_follow_from_shapes():
     shape = {"layers": 3, "heads": 4, "kv_heads": 2, "head_dim": 16}
     model = {"m": shape | {"parameters": 10**6}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(scoreboard.PAPER, "models", model)
-        (parameters,) = scoreboard.sizes("parameters", hidden=8, R=4)
-        (state,) = scoreboard.sizes("state", hidden=8, R=8)
+        patch.setitem(sizes.PAPER, "models", model)
+        (parameters,) = sizes.parameters(hidden=8, R=4)
+        (state,) = sizes.state(hidden=8, R=8)
     assert parameters.numbers == f"{parameter_count(Kernels.new(shape, 4, 8)) / 10**6:.2%}"
-    assert not state.holds  # 8 * 17 / 32 = 4.25 tokens
-    seven, thirteen = scoreboard.sizes("parameters")
-    assert (seven.holds, seven.numbers, thirteen.holds, thirteen.numbers) == (
-        False,
-        "2.12%",
-        True,
-        "1.71%",
-    )
-    assert [v.numbers.split(";")[0] for v in scoreboard.sizes("state")] == ["4.03 tokens"] * 2
+    # 8 * 17 / 32 = 4.25 tokens
+    assert not state.holds
+    seven, thirteen = sizes.parameters()
+    assert (seven.holds, seven.numbers) == (False, "2.12%")
+    assert (thirteen.holds, thirteen.numbers) == (True, "1.71%")
+    assert [v.numbers.split(";")[0] for v in sizes.state()] == ["4.03 tokens"] * 2
 
 
-def test_every_claim_is_decided_by_a_function_or_awaits_one_and_quotes_the_paper():
-    for c in claim_list():
-        assert set(c) - {"options"} == {"where", "claim", "paper", "needs", "decide"}
-        assert "{" not in c["paper"]
-        if c["decide"] is None:
-            assert c["needs"][0] in ("latency", "throughput", "breakdown")
-        else:
-            assert callable(getattr(scoreboard, c["decide"], None) or getattr(claims, c["decide"]))
+def test_every_claim_is_decided_by_a_function_and_quotes_the_paper():
+    claims = claim_list()
+    assert len(claims) == 21
+    for claim in claims:
+        assert callable(claim.decide)
+        assert claim.where
+        assert claim.text
+        assert claim.paper
+        assert "{" not in claim.paper
+    of_rouge = next(c for c in claims if c.where == "Table 5")
+    assert of_rouge.paper == "CNN/DailyMail at 5%: 18.24 to 19.21"
 
 
-def test_a_claim_that_names_no_function_is_an_error():
-    with pytest.raises(AttributeError, match="guess"):
-        verdicts({"needs": [], "decide": "guess"}, "tiny")
+def test_a_file_that_makes_no_claim_is_an_error():
+    with pytest.raises(KeyError, match="guess"):
+        claims_of("guess")
 
 
 def test_a_claim_without_its_record_is_not_measured():
-    claim = next(c for c in claim_list() if c["decide"] == "summarization")
+    claim = next(c for c in claim_list() if c.where == "Table 5")
     assert verdicts(claim, "tiny") == []
     assert status(verdicts(claim, "tiny")) == "not measured"
-    write_json(results_dir("tiny") / f"{claim['needs'][0]}.json", table(36.0))
+    path = results_dir("tiny") / f"{claim.needs[0]}.json"
+    write_json(path, table(36.0))
     assert status(verdicts(claim, "tiny")) == "holds"
-    write_json(results_dir("tiny") / f"{claim['needs'][0]}.json", table(31.0))
+    write_json(path, table(31.0))
     assert status(verdicts(claim, "tiny")) == "FAILS"
-    assert status([*verdicts(claim, "tiny"), *scoreboard.sizes("state")]) == "2 hold, 1 fail"
+    assert status([*verdicts(claim, "tiny"), *sizes.state()]) == "2 hold, 1 fail"
 
 
-def test_pictures_of_tasks_are_drawn(monkeypatch):
+def test_lines_of_the_scoreboard_are_by_claim_and_profile():
+    write_json(results_dir("tiny") / "summarization_llama.json", table(31.0))
+    lines = scoreboard.read(["tiny", "wild"])
+    line = next(line for line in lines if line.claim.where == "Table 5")
+    assert line.statuses() == ["FAILS", "not measured"]
+    rows = scoreboard.failing_table(lines).data.splitlines()
+    of_tiny = [row for row in rows if row.startswith("| tiny | Table 5 | m, t/5%: LESS (5%)")]
+    assert len(of_tiny) == 1
+    assert len(scoreboard.table(lines).data.splitlines()) == 2 + len(claim_list())
+    assert "FAILS: m, t/5%" in scoreboard.numbers_table(lines, "tiny").data
+
+
+def test_pictures_of_tasks_are_drawn():
     rows = {"yes_no": {"Full": [1.0, 0.0], "Baseline": [0.0, 1.0], "LESS (5%)": [1.0, 1.0]}}
     figure = plots.mean_bars(rows, "accuracy", "tasks", {"yes_no": 0.25})
-    assert [
-        segment[:, 1].tolist() for segment in figure.axes[0].collections[-1].get_segments()
-    ] == [[0.25, 0.25]]
+    segments = figure.axes[0].collections[-1].get_segments()
+    assert [segment[:, 1].tolist() for segment in segments] == [[0.25, 0.25]]
     assert [bar.get_height() for bar in figure.axes[0].patches] == [0.5, 0.5, 1.0]
-    figure = plots.curves(
-        {"a": {"Full": ([1, 2], [3.0, 4.0]), "LESS (5%)": ([1, 2], [5.0, 6.0])}},
-        "x",
-        "y",
-        log2=True,
-    )
+    lines = {"Full": ([1, 2], [3.0, 4.0]), "LESS (5%)": ([1, 2], [5.0, 6.0])}
+    figure = plots.curves({"a": lines}, "x", "y", log2=True)
     assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[3.0, 4.0], [5.0, 6.0]]
     maps = {label: [[0.5, 0.0], [0.25, 0.25]] for label in ("original", "sparse", "LESS")}
-    assert (
-        len(plots.attention_maps({"points": {"h2o": {"maps": maps}}}).axes) == 4
-    )  # and the scale of the colours
-    assert plots.save(
-        plots.scoreboard([("a claim", ["holds", "FAILS"])], ["tiny", "wild"]), "tiny", "scoreboard"
-    )
+    figure = attention_maps.maps_figure({"points": {"h2o": {"maps": maps}}})
+    # three maps, and the scale of the colours
+    assert len(figure.axes) == 4
+    figure = scoreboard.board([("a claim", ["holds", "FAILS"])], ["tiny", "wild"])
+    plots.save(figure, "tiny", "scoreboard")
     assert (results_dir("tiny") / "figures" / "scoreboard.png").stat().st_size > 5000

@@ -1,5 +1,6 @@
 """The committed notebooks, of `wild` too: executed as they stand, no traces of a machine."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -71,10 +72,21 @@ def test_the_first_cell_is_the_title_and_the_claim(name):
 
 
 @each
-def test_parameters_are_profile_and_seed_and_cells_are_short(name):
+def test_parameters_are_profile_and_seed(name):
     assert Notebook.load(path_of(name)).problem() is None
-    lengths = [len("".join(cell["source"]).splitlines()) for cell in code_cells(name)]
-    assert max(lengths) <= 15
+
+
+@each
+def test_code_cells_are_short_and_plain(name):
+    for cell in code_cells(name):
+        source = "".join(cell["source"])
+        lines = source.splitlines()
+        assert len(lines) <= 15, source
+        assert [line for line in lines if len(line) > 100] == []
+        dense = [
+            x for x in ast.walk(ast.parse(source)) if isinstance(x, ast.NamedExpr | ast.Lambda)
+        ]
+        assert [ast.unparse(expression) for expression in dense] == []
 
 
 @executed

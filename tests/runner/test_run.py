@@ -178,16 +178,22 @@ def test_keep_going_runs_the_rest_and_lists_the_failures(home, capfd):
 
 SWEEP = """
 from pathlib import Path
-from lesslib.experiments.sweep import sweep
+from lesslib.experiments import Experiment, Point
 
-def compute(x):
-    if x == 2 and not Path({home!r}, "mended").exists():
-        raise RuntimeError("interrupted")
-    print("computed", x)
-    return {{"square": x * x}}
+class Squares(Experiment):
+    name = "squares"
 
-points = {{"one": {{"x": 1}}, "two": {{"x": 2}}}}
-sweep("squares", profile, seed, points, compute, list)
+    def points(self):
+        return [Point("one", {{"x": 1}}), Point("two", {{"x": 2}})]
+
+    def compute(self, point):
+        x = point.parameters["x"]
+        if x == 2 and not Path({home!r}, "mended").exists():
+            raise RuntimeError("interrupted")
+        print("computed", x)
+        return {{"square": x * x}}
+
+Squares(profile, seed).run()
 """
 
 

@@ -105,15 +105,15 @@ def test_each_layer_gets_its_own(llama, monkeypatch):
     The attention beside it begins with the next directions, read through its norm.
     """
     fits = []
-    monkeypatch.setattr(grow, "fit_mlp", lambda mine, its, x, y: fits.append((mine, its, x, y)))
+    monkeypatch.setattr(grow, "fit_mlp", lambda *fit: fits.append(fit))
     for layer in llama.model.layers:
         layer.mlp.down_proj.weight.data.normal_()
     falcon, acts = grown_falcon(llama, windows(), seed=0), grow.activations(llama, windows())
     for i, layer in enumerate(llama.model.layers):
-        mine, its, x, y = fits[i]
+        falcon_mlp, llama_mlp, x, y = fits[i]
         odd, a = falcon.transformer.h[2 * i + 1], layer.self_attn
-        assert mine is odd.mlp
-        assert its is layer.mlp
+        assert falcon_mlp is odd.mlp
+        assert llama_mlp is layer.mlp
         assert torch.equal(y, layer.mlp(x))
         assert torch.equal(x, acts["in", i])
         Wq, Wk, Wv = (
@@ -206,16 +206,16 @@ def test_rotary_positions_come_along(llama, monkeypatch):
 
 def test_a_gelu_mlp_learns_of_a_swiglu_one_what_no_linear_map_gives(llama):
     torch.manual_seed(0)
-    its = llama.model.layers[0].mlp
-    its.down_proj.weight.data.normal_(std=0.3)
+    llama_mlp = llama.model.layers[0].mlp
+    llama_mlp.down_proj.weight.data.normal_(std=0.3)
     x = torch.randn(4096, 24)
     with torch.no_grad():
-        y = its(x)
+        y = llama_mlp(x)
     config = FalconConfig(
         hidden_size=24, num_hidden_layers=1, num_attention_heads=3, ffn_hidden_size=24
     )
-    mine = FalconForCausalLM(config).transformer.h[0].mlp
-    grow.fit_mlp(mine, its, x, y)
+    falcon_mlp = FalconForCausalLM(config).transformer.h[0].mlp
+    grow.fit_mlp(falcon_mlp, llama_mlp, x, y)
     with torch.no_grad():
         linear = y - x @ torch.linalg.lstsq(x, y).solution
-        assert (mine(x) - y).square().mean() < 0.8 * linear.square().mean()
+        assert (falcon_mlp(x) - y).square().mean() < 0.8 * linear.square().mean()

@@ -62,10 +62,8 @@ def start(tmp_path_factory):
 @pytest.fixture
 def corpora(tmp_path, monkeypatch):
     """A $LESS_DATA folder with 105 articles and 5 novels, and topics cut short."""
-    rng, words = (
-        np.random.default_rng(0),
-        ["the", "a", "cat", "dog", "sees", "old", "red", "tree", "and", "but"],
-    )
+    rng = np.random.default_rng(0)
+    words = ["the", "a", "cat", "dog", "sees", "old", "red", "tree", "and", "but"]
     for name, count, length in (("wikipedia", 105, 30), ("novels", 5, 300)):
         rows = [
             {"title": f"{name} {i}", "text": f"{name} {i}: " + " ".join(rng.choice(words, length))}
@@ -122,7 +120,8 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
         return clip_grad_norm(parameters, norm)
 
     with monkeypatch.context() as patch:
-        write, clip_grad_norm = run.write_torch, torch.nn.utils.clip_grad_norm_
+        write = run.write_torch
+        clip_grad_norm = torch.nn.utils.clip_grad_norm_
         patch.setattr(run, "write_torch", save)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
         with pytest.raises((KeyboardInterrupt, RuntimeError)):
@@ -131,7 +130,8 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     cut = pretrained(begin, tmp_path / "cut", **changes)
     assert "resumed at step 3" in capsys.readouterr().out
     assert cut["heldout_loss_by_position"] == whole["heldout_loss_by_position"]
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    one = weights(tmp_path / "whole")
+    other = weights(tmp_path / "cut")
     assert all(torch.equal(one[n], other[n]) for n in one)
     if begun == "grown":
         # two queries, one key, one value
@@ -148,7 +148,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
 
 
 @pytest.mark.parametrize(
-    ("given", "merge", "minutes"),
+    ("begin", "merge", "minutes"),
     [
         (GROWN, 0.0, math.inf),
         (GROWN, 1.0, math.inf),
@@ -157,13 +157,13 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
         (None, 1.0, math.inf),
     ],
 )
-def test_merging_belongs_to_a_grown_model_that_tokens_end(start, tmp_path, given, merge, minutes):
+def test_merging_belongs_to_a_grown_model_that_tokens_end(start, tmp_path, begin, merge, minutes):
     with pytest.raises(
         ValueError,
         match=f"--merge {merge:g}: grown-falcon needs a teacher, --minutes inf and a merge between "
         "0 and 1",
     ):
-        pretrained(given or start, tmp_path, minutes=minutes, teacher=start, merge=merge)
+        pretrained(begin or start, tmp_path, minutes=minutes, teacher=start, merge=merge)
     assert not list(tmp_path.iterdir())
 
 
@@ -180,7 +180,9 @@ def test_heads_meet_at_their_step_and_the_rate_decays_after_it(
     start, corpora, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("lesslib.zoo.grow.FIT", 2)
-    parts, rates, merge, step = [], [], run.merge_heads, torch.optim.AdamW.step
+    parts, rates = [], []
+    merge = run.merge_heads
+    step = torch.optim.AdamW.step
     monkeypatch.setattr(
         run, "merge_heads", lambda model, part: (parts.append(part), merge(model, part))
     )
@@ -252,7 +254,8 @@ def test_the_learning_rate_does_not_follow_the_clock_while_tokens_bind(
     # every look at the clock takes two seconds
     monkeypatch.setattr(run.time, "time", lambda: float(next(clock)))
     pretrained(start, tmp_path / "slow", minutes=60)
-    one, other = weights(tmp_path / "fast"), weights(tmp_path / "slow")
+    one = weights(tmp_path / "fast")
+    other = weights(tmp_path / "slow")
     assert all(torch.equal(one[n], other[n]) for n in one)
     card = pretrained(start, tmp_path / "short", minutes=0.2)  # 12 seconds
     assert 0 < card["steps"] < 6
@@ -313,7 +316,8 @@ def test_a_diverged_run_stops_and_says_what_to_lower(start, corpora, tmp_path):
 
 # ---------------------------------------------------------------- tokens and windows
 def test_token_files_follow_text_and_vocabulary(corpora, tmp_path):
-    tokenizer, documents = load_model("pico-llama", "cpu")[1], list(corpora["novels"].documents)
+    tokenizer = load_model("pico-llama", "cpu")[1]
+    documents = list(corpora["novels"].documents)
     tokens = token_file(tmp_path, "novels", documents, tokenizer)
     joined = [
         i for d in documents for i in [tokenizer.bos_token_id, *tokenizer(d.text)["input_ids"]]
@@ -343,12 +347,12 @@ def test_windows_stay_inside_documents_that_are_long_enough():
             assert set((windows.at(position)[windows.at(position) > 0] // 100).tolist()) == {
                 document + 1
             }
-    found = windows.inside(1000)
-    assert [w.document for w in found] == [i for i, n in enumerate(lengths) for _ in range(n // 8)]
-    inside = np.array([w.ids for w in found])
-    assert inside.shape == (sum(n // 8 for n in lengths), 8)
-    assert all(len(set((w[w > 0] // 100).tolist())) == 1 and (w[1:] > 0).all() for w in inside)
-    assert windows.inside(3) == [found[0], found[(len(found) - 1) // 2], found[-1]]
+    inside = windows.inside(1000)
+    assert [w.document for w in inside] == [i for i, n in enumerate(lengths) for _ in range(n // 8)]
+    rows = np.array([w.ids for w in inside])
+    assert rows.shape == (sum(n // 8 for n in lengths), 8)
+    assert all(len(set((w[w > 0] // 100).tolist())) == 1 and (w[1:] > 0).all() for w in rows)
+    assert windows.inside(3) == [inside[0], inside[(len(inside) - 1) // 2], inside[-1]]
 
 
 def test_the_card_holds_the_mean_loss_by_position_over_the_held_out_windows(
@@ -366,9 +370,9 @@ def test_the_card_holds_the_mean_loss_by_position_over_the_held_out_windows(
         x = torch.tensor([w.ids for w in windows])
         with torch.no_grad():
             losses = -model(x).logits[:, :-1].log_softmax(-1).gather(2, x[:, 1:, None])[..., 0]
-        found = card["heldout_loss_by_position"]["start"][name]
-        assert found["all"] == pytest.approx(losses.mean().item(), abs=1e-3)
-        assert found["by_position"] == pytest.approx(
+        recorded = card["heldout_loss_by_position"]["start"][name]
+        assert recorded["all"] == pytest.approx(losses.mean().item(), abs=1e-3)
+        assert recorded["by_position"] == pytest.approx(
             [part.mean().item() for part in (losses[:, :16], losses[:, 16:])], abs=1e-3
         )
 
@@ -413,7 +417,8 @@ def test_stories_take_their_share_and_their_answers_count(start, corpora, tmp_pa
         "stories",
     }
     pretrained(start, tmp_path / "even", stories=0.5)
-    one, other = weights(tmp_path / "stories"), weights(tmp_path / "even")
+    one = weights(tmp_path / "stories")
+    other = weights(tmp_path / "even")
     assert any(not torch.equal(one[n], other[n]) for n in one)
     with pytest.raises(ValueError, match=r"was made with another answers"):
         pretrained(start, tmp_path / "stories", stories=0.5)
