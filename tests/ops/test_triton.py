@@ -365,9 +365,13 @@ def test_steps_over_several_blocks_of_slots(policy, dtype, D, Dv, R, Hq, Hkv, de
     assert (reference.z > 0).any()
 
 
-def test_equal_scores_let_the_lowest_position_leave(device, draw):
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_equal_scores_let_the_lowest_position_leave(is_reversed, device, draw):
     layer, reference = layers(H2O(heavy=40, recent=30), device, F16)
     order = torch.randperm(71, generator=torch.Generator().manual_seed(0)).to(device)
+    if is_reversed:
+        # the lowest positions are in the second block of slots, beside equals in the first
+        order = torch.arange(70, -1, -1, device=device)
     # full slots in no order, with 0 free
     for slots in (layer.slots, reference.slots):
         slots.position.copy_(order.int() - 1)

@@ -16,10 +16,9 @@ from torch import Tensor
 from lesslib.ops.merge import Part
 from lesslib.ops.rules import EvictionRule
 from lesslib.ops.slots import Slots
-from lesslib.ops.triton.common import copy_row, jit, launch, load_tile, store_tile, tl
+from lesslib.ops.triton.common import copy_row, jit, launch, tl
 from lesslib.ops.triton.steps import (
-    add_part,
-    attend_slots,
+    attend,
     choose_leaver,
     enter_slot,
     free_slot,
@@ -87,11 +86,7 @@ def decode_kernel(
 ):
     # A key-value head of a batch row, its query heads, and its part of every tensor of slots.
     head = tl.program_id(0).to(tl.int64)
-    group = tl.arange(0, G_PADDED)
-    query_head = head * G + group
-    is_query = group < G
-    column = tl.arange(0, D_PADDED)
-    value_column = tl.arange(0, DV_PADDED)
+    query_head = head * G + tl.arange(0, G_PADDED)
     keys += head * N * D
     values += head * N * DV
     position += head * N
@@ -104,16 +99,20 @@ def decode_kernel(
     enter_slot(k, v, head, keys, values, entering, D, DV, D_PADDED, DV_PADDED)
 
     # It attends.
-    query_tile = load_tile(q, query_head, column, is_query, D)
-    highest, total, numerator = attend_slots(
-        query_tile,
+    logsumexp = attend(
+        q,
+        query_head,
         keys,
         values,
         position,
         logits,
         entering,
+        part_output,
+        part_logsumexp,
+        output,
         N,
         scaling,
+        HAS_PART,
         G,
         D,
         DV,
@@ -122,12 +121,6 @@ def decode_kernel(
         DV_PADDED,
         BLOCK,
     )
-    logsumexp = highest + tl.log(total)
-    if HAS_PART:
-        part_tile = load_tile(part_output, query_head, value_column, is_query, DV)
-        part_weight = tl.load(part_logsumexp + query_head, mask=is_query, other=float("-inf"))
-        highest, total, numerator = add_part(highest, total, numerator, part_tile, part_weight)
-    store_tile(output, query_head, value_column, is_query, DV, numerator / total[:, None])
 
     # One slot is freed; a padded token attended itself, and now it goes.
     entered_at = now
@@ -135,8 +128,6 @@ def decode_kernel(
     if HAS_PADDING:
         is_counted = tl.load(is_real + head // Hkv).to(tl.int32)
         entered_at = tl.where(is_counted > 0, now, -1)
-    # Every thread sees the logits.
-    tl.debug_barrier()
     leaver, leaver_position = choose_leaver(
         logits,
         logsumexp,
@@ -154,8 +145,8 @@ def decode_kernel(
         G_PADDED,
         BLOCK,
     )
-    copy_row(keys, leaver, key_left, head, column, D)
-    copy_row(values, leaver, value_left, head, value_column, DV)
+    copy_row(keys, leaver, key_left, head, tl.arange(0, D_PADDED), D)
+    copy_row(values, leaver, value_left, head, tl.arange(0, DV_PADDED), DV)
     tl.store(is_held + head, leaver_position >= 0)
     tl.store(free + head, leaver)
     free_slot(position, leaver, entering, entered_at)
@@ -243,9 +234,6 @@ def attend_kernel(
     head = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, G_PADDED)
     query_head = head * G + group
-    is_query = group < G
-    column = tl.arange(0, D_PADDED)
-    value_column = tl.arange(0, DV_PADDED)
     keys += head * N * D
     values += head * N * DV
     position += head * N
@@ -258,16 +246,20 @@ def attend_kernel(
     tl.store(score + head * N + entering, 0.0)
 
     # It attends.
-    query_tile = load_tile(q, query_head, column, is_query, D)
-    highest, total, numerator = attend_slots(
-        query_tile,
+    logsumexp = attend(
+        q,
+        query_head,
         keys,
         values,
         position,
         probabilities,
         entering,
+        part_output,
+        part_logsumexp,
+        output,
         N,
         scaling,
+        HAS_PART,
         G,
         D,
         DV,
@@ -276,12 +268,6 @@ def attend_kernel(
         DV_PADDED,
         BLOCK,
     )
-    logsumexp = highest + tl.log(total)
-    if HAS_PART:
-        part_tile = load_tile(part_output, query_head, value_column, is_query, DV)
-        part_weight = tl.load(part_logsumexp + query_head, mask=is_query, other=float("-inf"))
-        highest, total, numerator = add_part(highest, total, numerator, part_tile, part_weight)
-    store_tile(output, query_head, value_column, is_query, DV, numerator / total[:, None])
 
     # The logits become probabilities; of a padded token nothing stays.
     entered_at = now
@@ -289,14 +275,12 @@ def attend_kernel(
     if HAS_PADDING:
         is_counted = tl.load(is_real + head // Hkv).to(tl.int32)
         entered_at = tl.where(is_counted > 0, now, -1)
-    # Every thread sees the logits.
-    tl.debug_barrier()
     for start in range(0, N, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         tile = load_probabilities(probabilities, logsumexp, slot, N, G, G_PADDED) * is_counted
         # Several threads may hold the same slot: none may read what another one wrote.
         tl.debug_barrier()
-        mask = is_query[:, None] & (slot < N)
+        mask = (group < G)[:, None] & (slot < N)
         tl.store(probabilities + group[:, None] * N + slot, tile, mask=mask)
     tl.store(position + entering, entered_at)
 

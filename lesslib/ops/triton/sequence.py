@@ -10,9 +10,9 @@ from lesslib.ops.merge import Part
 from lesslib.ops.rules import EvictionRule
 from lesslib.ops.scan import arrivals
 from lesslib.ops.slots import Slots
-from lesslib.ops.triton.common import jit, launch, load_tile, store_tile, tl
+from lesslib.ops.triton.common import jit, launch, tl
 from lesslib.ops.triton.steps import (
-    attend_slots,
+    attend,
     choose_leaver,
     enter_slot,
     free_slot,
@@ -53,9 +53,6 @@ def sequence_kernel(
     head = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, G_PADDED)
     query_head = head * G + group
-    is_query = group < G
-    column = tl.arange(0, D_PADDED)
-    value_column = tl.arange(0, DV_PADDED)
     keys += head * N * D
     values += head * N * DV
     position += head * N
@@ -68,16 +65,21 @@ def sequence_kernel(
         # The token enters and attends.
         enter_slot(k, v, head * S + t, keys, values, entering, D, DV, D_PADDED, DV_PADDED)
         query_row = query_head * S + t
-        query_tile = load_tile(q, query_row, column, is_query, D)
-        highest, total, numerator = attend_slots(
-            query_tile,
+        # By itself, without a part: a state's is merged in by the caller.
+        logsumexp = attend(
+            q,
+            query_row,
             keys,
             values,
             position,
             logits,
             entering,
+            None,
+            None,
+            output,
             N,
             scaling,
+            False,
             G,
             D,
             DV,
@@ -86,15 +88,11 @@ def sequence_kernel(
             DV_PADDED,
             BLOCK,
         )
-        logsumexp = highest + tl.log(total)
-        store_tile(output, query_row, value_column, is_query, DV, numerator / total[:, None])
-        tl.store(logsumexps + query_row, logsumexp, mask=is_query)
+        tl.store(logsumexps + query_row, logsumexp, mask=group < G)
 
         # One slot is freed; a padded token attended itself, and now it goes.
         is_counted = tl.load(is_real + head // Hkv * S + t).to(tl.int32)
         entered_at = tl.where(is_counted > 0, now, -1)
-        # Every thread sees the logits.
-        tl.debug_barrier()
         leaver, leaver_position = choose_leaver(
             logits,
             logsumexp,

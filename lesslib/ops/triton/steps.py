@@ -18,6 +18,7 @@ from lesslib.ops.triton.common import (
     jit,
     load_tile,
     padded,
+    store_tile,
     tile_rows,
     tl,
 )
@@ -135,6 +136,63 @@ def attend_slots(
         tl.store(logits + group[:, None] * N + slot, logit_tile, mask=mask)
         highest, total, numerator = add_block(highest, total, numerator, logit_tile, value_tile)
     return highest, total, numerator
+
+
+@jit
+def attend(
+    q,  # queries [rows, D]
+    query_row,  # rows of this head's group in q and output [G_PADDED]
+    keys,  # keys of this head's slots [N, D]
+    values,  # values of this head's slots [N, DV]
+    position,  # positions of this head's slots [N], -1 for an empty one
+    logits,  # logits of this head's slots [G, N], written for what follows
+    entering,  # the slot of the new token, whose position is not written yet
+    part_output,  # of a partial softmax [rows, DV], read where HAS_PART
+    part_logsumexp,  # of a partial softmax [rows], read where HAS_PART
+    output,  # [rows, DV], written
+    N,  # slots
+    scaling,  # of the logits
+    HAS_PART: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    G_PADDED: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    DV_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The new token's queries attend the slots, and the part; returns the log-sum-exps of the slots
+    alone, [G_PADDED].
+    """
+    is_query = tl.arange(0, G_PADDED) < G
+    value_column = tl.arange(0, DV_PADDED)
+    query_tile = load_tile(q, query_row, tl.arange(0, D_PADDED), is_query, D)
+    highest, total, numerator = attend_slots(
+        query_tile,
+        keys,
+        values,
+        position,
+        logits,
+        entering,
+        N,
+        scaling,
+        G,
+        D,
+        DV,
+        G_PADDED,
+        D_PADDED,
+        DV_PADDED,
+        BLOCK,
+    )
+    logsumexp = highest + tl.log(total)
+    if HAS_PART:
+        part_tile = load_tile(part_output, query_row, value_column, is_query, DV)
+        part_weight = tl.load(part_logsumexp + query_row, mask=is_query, other=float("-inf"))
+        highest, total, numerator = add_part(highest, total, numerator, part_tile, part_weight)
+    store_tile(output, query_row, value_column, is_query, DV, numerator / total[:, None])
+    # Every thread sees the logits.
+    tl.debug_barrier()
+    return logsumexp
 
 
 # ---------------------------------------------------------------- leaving
