@@ -93,6 +93,11 @@ def cells(record: dict, profile: str) -> dict[tuple[str, float], dict[str, dict]
     return by_place
 
 
+def first_cell(record: dict, profile: str) -> dict[str, dict]:
+    """`cell` at 5%, which every profile has, of the profile's first corpus."""
+    return cell(record, get_profile(profile).evaluation[0], 0.05)
+
+
 # ---------------------------------------------------------------------- claims
 @claim(
     "Table 2",
@@ -194,6 +199,12 @@ def verdicts(record: dict, whose: str = "") -> list[Verdict]:
             verdicts += cell_verdicts(cell(record, corpus, fraction), method.label, where)
         verdicts += transfer_verdicts(record, corpus)
     return verdicts
+
+
+def verdicts_of_every_profile(record: dict, profile: str) -> list[Verdict]:
+    """Those at 5% on the profile's first corpus, which they do not name."""
+    method = Method.less(0.05)
+    return cell_verdicts(first_cell(record, profile), method.label, f"H2O at {method.budget}")
 
 
 # ---------------------------------------------------------------------- tables

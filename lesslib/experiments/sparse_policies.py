@@ -108,8 +108,8 @@ def verdicts(record: dict, language: dict, profile: str) -> list[Verdict]:
     return verdicts
 
 
-def first_corpus_verdicts(record: dict, language: dict, profile: str) -> list[Verdict]:
-    """The same of the profile's first corpus alone, which they do not name."""
+def verdicts_of_every_profile(record: dict, language: dict, profile: str) -> list[Verdict]:
+    """Those on the profile's first corpus, which they do not name."""
     first = get_profile(profile).evaluation[0]
     verdicts = []
     for (corpus, policy), entries in cells(record, language, profile).items():
