@@ -2,7 +2,8 @@
 
     from lesslib import H2O, Lambda, TOVA, Full, LessCache, less
 
-The names are loaded when first used, so that `python -m lesslib.run` answers without importing torch.
+The names are loaded when first used, so that `python -m lesslib.run` answers without importing
+torch.
 """
 
 from __future__ import annotations

@@ -2,4 +2,4 @@
 
 from lesslib.states import FORMAT, SCALE_INIT, Kernels, LayerKernels, LayerPerformer
 
-__all__ = ["FORMAT", "Kernels", "LayerKernels", "LayerPerformer", "SCALE_INIT"]
+__all__ = ["FORMAT", "SCALE_INIT", "Kernels", "LayerKernels", "LayerPerformer"]

@@ -1,4 +1,6 @@
-from lesslib.bench.benchmarks import main
+"""`python -m lesslib.bench`."""
+
+from lesslib.bench.command import main
 
 if __name__ == "__main__":
     main()

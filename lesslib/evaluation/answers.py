@@ -19,7 +19,7 @@ from lesslib.data import encode
 from lesslib.data.storyworld import Example
 from lesslib.hf import fill, less
 from lesslib.policies import TOVA, Full, Policy
-from lesslib.states import Kernels
+from lesslib.states import ModelState
 from lesslib.util.progress import progress
 
 
@@ -155,7 +155,7 @@ class Decoding:
     seed: int = 0
 
 
-FULL_CACHE: tuple[Policy, Kernels | None] = (Full(), None)
+FULL_CACHE: tuple[Policy, ModelState | None] = (Full(), None)
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def continuations(
     tokenizer,
     prompt_ids: list[list[int]],
     decoding: Decoding,
-    methods: Sequence[tuple[Policy, Kernels | None]] = (FULL_CACHE,),
+    methods: Sequence[tuple[Policy, ModelState | None]] = (FULL_CACHE,),
 ) -> list[list[str]]:
     """By (policy, kernels) of `methods`, what `model` writes after each prompt.
 
@@ -197,7 +197,7 @@ def continuations(
     return texts
 
 
-def _unbounded_like(methods: Sequence[tuple[Policy, Kernels | None]], tokens: int) -> Policy:
+def _unbounded_like(methods: Sequence[tuple[Policy, ModelState | None]], tokens: int) -> Policy:
     """A policy that keeps all of so many `tokens`, of the class that the bounded methods have."""
     for policy, _ in methods:
         if policy.budget is not None:

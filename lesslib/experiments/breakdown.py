@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lesslib.attention.fit import cache_bytes
-from lesslib.bench.serving import METHODS, PARTS, Load, parts
+from lesslib.bench import METHODS, PARTS, Load, parts
 from lesslib.experiments.claims import Verdict, claim
 from lesslib.experiments.experiment import Experiment, Point
 from lesslib.experiments.sizes import layer_weights

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lesslib.bench.serving import METHODS, Load, serve
+from lesslib.bench import METHODS, Load, serve
 from lesslib.experiments.claims import Verdict, claim
 from lesslib.experiments.experiment import Experiment, Point
 from lesslib.profiles import SETTINGS, get_limit

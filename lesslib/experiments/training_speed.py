@@ -7,7 +7,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lesslib.bench.benchmarks import SCHEMES, measure
+from lesslib.bench import SCHEMES, measure
 from lesslib.experiments.claims import Verdict
 from lesslib.experiments.experiment import Experiment, Point
 from lesslib.reporting import plots

@@ -30,7 +30,8 @@ def divisor_of(denominator: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def part_of_sums(numerator: Tensor, denominator: Tensor) -> Part:
-    """The part whose weights add up to `denominator` [...] and, times values, `numerator` [..., Dv].
+    """The part whose weights add up to `denominator` [...] and, times values, `numerator` [...,
+    Dv].
 
     With a zero denominator (nothing was absorbed yet, or kernels are at zero) it holds nothing.
     """

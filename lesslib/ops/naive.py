@@ -1,6 +1,8 @@
-"""The readable spec: LESS one token at a time, in plain loops. Slow on purpose; every fast form is tested against it.
+"""The readable spec: LESS one token at a time, in plain loops. Slow on purpose; every fast form
+is tested against it.
 
-It takes a policy's fields but none of its code, so that a slip in `lesslib.policies` cannot hide here too.
+It takes a policy's fields but none of its code, so that a slip in `lesslib.policies` cannot hide
+here too.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ def naive_attention(
     real: Tensor | None = None,
     scaling: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, Hq, S, Dv] and eviction times [B, Hkv, S] of a policy, with LESS where `phi` and `psi` are given.
+    """Output [B, Hq, S, Dv] and eviction times [B, Hkv, S] of a policy, with LESS where `phi` and
+    `psi` are given.
 
-    q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]; phi [B, Hq, S, R] and psi [B, Hkv, S, R] are the kernels'
-    features of q and k, in order of position; `real` [B, S] is False for padding.
+    q [B, Hq, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv]; phi [B, Hq, S, R] and psi [B, Hkv, S, R]
+    are the kernels' features of q and k, in order of position; `real` [B, S] is False for
+    padding.
     """
     B, Hq, S, D = q.shape
     Hkv, G = k.shape[1], Hq // k.shape[1]

@@ -67,9 +67,9 @@ def arrivals(evicted_at: Tensor) -> Tensor:
 def lowrank_attention(phi: Tensor, psi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """phi(q_t) H_t and phi(q_t) z_t for every query t (paper, eqs 3-5).
 
-    H_t is the sum over s <= t of psi_s^T v_s, z_t that of psi_s. phi [B, Hq, S, R]; psi
-    [B, Hkv, S, R] and v [B, Hkv, S, Dv] in order of ARRIVAL, zero psi where nothing arrives. Returns
-    the numerator [B, Hq, S, Dv] and the denominator [B, Hq, S].
+    H_t is the sum over s <= t of psi_s^T v_s, z_t that of psi_s. phi [B, Hq, S, R]; psi [B, Hkv,
+    S, R] and v [B, Hkv, S, Dv] in order of ARRIVAL, zero psi where nothing arrives. Returns the
+    numerator [B, Hq, S, Dv] and the denominator [B, Hq, S].
     """
     return _numerator(phi, psi, v), _denominator(phi, psi)
 

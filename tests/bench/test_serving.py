@@ -1,24 +1,17 @@
-"""What serving costs: the loads, the rows that fit into memory, the clock of nested parts, and what is recorded and concluded."""
+"""What serving costs: the loads, the rows that fit into memory, the clock of nested parts, and
+what is recorded and concluded.
+"""
 
 import json
 
 import pytest
 import torch
 
-from lesslib.bench import benchmarks as bench
-from lesslib.bench import serving
-from lesslib.bench.benchmarks import DEVICE, now
-from lesslib.bench.serving import (
-    METHODS,
-    PARTS,
-    Bench,
-    Clock,
-    Load,
-    copy_bandwidth,
-    parts,
-    parts_timed,
-    serve,
-)
+from lesslib.bench import DEVICE, METHODS, PARTS, Clock, Load, now, parts, serve, serving
+from lesslib.bench.breakdown import parts_timed
+from lesslib.bench.scoring import ScoringCase, scoring
+from lesslib.bench.served_model import ServedModel
+from lesslib.bench.timing import copy_bandwidth
 from lesslib.reporting import plots
 
 SMALL = Load("pico", 40, 12, 3, hidden=16)
@@ -65,7 +58,7 @@ def test_every_method_is_served_and_holds_what_the_formula_says():
 
 
 def test_as_many_rows_as_fit_into_the_memory():
-    served = Bench(Load("pico", 40, 12, cache_mib=1))
+    served = ServedModel(Load("pico", 40, 12, cache_mib=1))
     for method in METHODS:
         rows = served.rows(method)
         assert rows * served.row_bytes(method) <= 2**20 < (rows + 1) * served.row_bytes(method)
@@ -73,14 +66,14 @@ def test_as_many_rows_as_fit_into_the_memory():
 
 
 def test_a_method_that_runs_out_of_memory_is_said_to_and_the_others_go_on(monkeypatch):
-    run = Bench.run
+    run = ServedModel.run
 
     def scarce(self, method, generate, batch):
         if method == "Full, static":
             raise torch.OutOfMemoryError("out of memory")
         return run(self, method, generate, batch)
 
-    monkeypatch.setattr(Bench, "run", scarce)
+    monkeypatch.setattr(ServedModel, "run", scarce)
     found = serve(SMALL, methods=("Full, static", "LESS"), runs=1)
     assert found["Full, static"] == {"rows": 3, "out_of_memory": True}
     assert found["LESS"]["seconds"] > 0
@@ -97,7 +90,7 @@ def test_the_most_rows_that_fit_are_found_by_trying(monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return {"prompt": 1.0, "decode": 2.0, "bytes": 3}
 
-    monkeypatch.setattr(Bench, "run", scarce)
+    monkeypatch.setattr(ServedModel, "run", scarce)
     found = serve(Load("pico", 24, 12, cache_mib=8), methods=tuple(tried), runs=2)
     assert tried["Full, static"] == [37, 32, 28, 24, 21, 18, 18, 15, 15]
     assert {"rows": 15, "prompt_s": [1.0, 1.0], "decode_s": [2.0, 2.0]}.items() <= found[
@@ -118,7 +111,7 @@ def test_a_clock_gives_each_part_what_parts_inside_it_do_not_take():
 
 
 def test_parts_are_timed_within_the_context_alone_and_change_no_result():
-    served = Bench(SMALL)
+    served = ServedModel(SMALL)
     ids = torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits, seconds = [], []
     for watched in (False, True):
@@ -152,12 +145,12 @@ def test_the_parts_of_a_step():
 
 
 def test_parts_are_of_as_many_rows_as_are_served(monkeypatch):
-    caches, empty, load = [], Bench.cache, Load("pico", 40, 24, cache_mib=1, hidden=16)
+    caches, empty, load = [], ServedModel.cache, Load("pico", 40, 24, cache_mib=1, hidden=16)
     monkeypatch.setattr(
-        Bench, "cache", lambda self, method: caches.append(empty(self, method)) or caches[-1]
+        ServedModel, "cache", lambda self, method: caches.append(empty(self, method)) or caches[-1]
     )
     parts(load, methods=("LESS",), steps=4)
-    assert caches[0].layers[0].batch_size == Bench(load).rows("LESS") > 1
+    assert caches[0].layers[0].batch_size == ServedModel(load).rows("LESS") > 1
 
 
 def test_a_copys_bandwidth_is_that_of_memory():
@@ -210,6 +203,6 @@ def test_the_command_prints_ratios_and_writes_json(capsys, home):
 
 @pytest.mark.parametrize("method", ["Full", "Baseline", "LESS"])
 def test_whole_sequences_are_timed(method):
-    seconds, peak = bench.scoring("pico", 128, 2, method, hidden=16, runs=2)
+    seconds, peak = scoring(ScoringCase("pico", 128, 2, method, hidden=16, runs=2))
     assert seconds > 0
     assert peak is None or peak >= 0

@@ -1,4 +1,6 @@
-"""$LESS_TRITON=1 puts the GPU kernels in the places of the torch forms, and changes no number beyond rounding."""
+"""$LESS_TRITON=1 puts the GPU kernels in the places of the torch forms, and changes no number
+beyond rounding.
+"""
 
 import os
 import subprocess
@@ -8,9 +10,9 @@ import textwrap
 import pytest
 import torch
 
-from lesslib.ops import dispatch as fused
-from lesslib.ops import scan
+from lesslib.ops import dispatch, scan
 from lesslib.ops import triton as ours
+from lesslib.ops.merge import Part
 from lesslib.util.paths import ROOT
 
 SCRIPT = """
@@ -25,70 +27,108 @@ SCRIPT = """
     from lesslib.ops import triton
     from lesslib.train import Recipe, train
 
+    FUNCTIONS = (
+        "decode_step", "attend_step", "sequence_of_steps", "phi", "psi", "read", "absorb",
+        "column_sums", "lowrank_attention",
+    )
     calls = []
-    for name in ("decode_step", "features", "absorb", "column_sums", "lowrank_attention"):
-        def counted(*args, name=name, function=getattr(triton, name)):
+
+    def count(name):
+        function = getattr(triton, name)
+
+        def counted(*args):
             calls.append(name)
             return function(*args)
+
         setattr(triton, name, counted)
 
+    for name in FUNCTIONS:
+        count(name)
+
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-                         intermediate_size=32, max_position_embeddings=64, initializer_range=0.3)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=32, max_position_embeddings=64,
+        initializer_range=0.3,
+    )
     model = LlamaForCausalLM(config).eval()
     learned = Kernels.new(model_shape(model), 4, 16)
     for layer in learned.layers:
         torch.nn.init.constant_(layer.s1, 1.0)  # away from the start, where LESS is eviction alone
+    performer = Kernels.performer(model_shape(model), 4)
     ids = torch.randint(64, (3, 18))
     mask = torch.ones(3, 18, dtype=torch.long)
     mask[1, :7] = mask[2, :16] = 0
 
-    @torch.no_grad()
-    def logits(policy, kernels):
-        cache, found = LessCache(model, policy, kernels), []
-        with less(model):
-            found.append(model(ids[:, :14], attention_mask=mask[:, :14], past_key_values=cache).logits[:, -1])
-            for t in range(14, 18):
-                found.append(model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits[:, 0])
-        return torch.stack(found), [b for layer in cache.less_layers() for b in layer.buffers()]
+    def by_both_forms(function, *args):
+        results = []
+        for asked in "01":
+            os.environ["LESS_TRITON"] = asked
+            calls.clear()
+            results.append(function(*args))
+        return results
 
-    for policy in (H2O(3, 4), Lambda(recent=5, sinks=2), TOVA(7)):
-        for kernels in (None, learned, Kernels.performer(model_shape(model), 4)):
-            found = []
-            for asked in "01":
-                os.environ["LESS_TRITON"], calls[:] = asked, []
-                found.append(logits(policy, kernels))
-            (want, expected), (got, held) = found
-            expects = {"decode_step"} | ({"column_sums"} if policy.name == "h2o" else set())
-            expects |= set() if kernels is None else {"absorb", "features"} if kernels is learned else {"absorb"}
+    @torch.no_grad()
+    def decoded(policy, kernels):
+        cache = LessCache(model, policy, kernels)
+        logits = []
+        with less(model):
+            seen = mask[:, :14]
+            out = model(ids[:, :14], attention_mask=seen, past_key_values=cache)
+            logits.append(out.logits[:, -1])
+            for t in range(14, 18):
+                seen = mask[:, : t + 1]
+                out = model(ids[:, t : t + 1], attention_mask=seen, past_key_values=cache)
+                logits.append(out.logits[:, 0])
+        return torch.stack(logits), [layer.tensors() for layer in cache.less_layers()]
+
+    for policy, step in (
+        (H2O(3, 4), "decode_step"), (Lambda(recent=5, sinks=2), "decode_step"),
+        (TOVA(7), "attend_step"),
+    ):
+        for kernels in (None, learned, performer):
+            (want, expected), (got, held) = by_both_forms(decoded, policy, kernels)
+            expects = {step} | ({"column_sums"} if policy.name == "h2o" else set())
+            if kernels is not None:
+                expects |= {"read", "absorb"}
+            if kernels is learned:
+                expects |= {"phi", "psi"}
             assert set(calls) == expects, (policy, calls)
+            # four steps of one layer
+            assert calls.count(step) == 4
+            assert calls.count("read") == (0 if kernels is None else 4)
             assert (got - want).abs().max() < 1e-4 * want.abs().max(), policy
             for a, b in zip(held, expected, strict=True):
-                assert torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-4), policy
+                assert a.keys() == b.keys()
+                for name in a:
+                    same = torch.allclose(a[name].double(), b[name].double(), rtol=1e-4, atol=1e-4)
+                    assert same, (policy, name)
 
     @torch.no_grad()
     def scores(policy, kernels):
         with less(model, policy, kernels):
-            return model(ids, attention_mask=mask).logits
+            return model(ids, attention_mask=mask).logits[mask.bool()]
 
-    for policy, expects in ((H2O(3, 4), {"decode_step"}), (Lambda(recent=5, sinks=2), {"decode_step"}), (TOVA(7), set())):
+    for policy, steps in (
+        (H2O(3, 4), {"sequence_of_steps"}), (Lambda(recent=5, sinks=2), {"sequence_of_steps"}),
+        (TOVA(7), set()),
+    ):
         for kernels in (None, learned):
-            found = []
-            for asked in "01":
-                os.environ["LESS_TRITON"], calls[:] = asked, []
-                found.append(scores(policy, kernels)[mask.bool()])
-            assert set(calls) == expects | (set() if kernels is None else {"lowrank_attention"}), (policy, calls)
+            found = by_both_forms(scores, policy, kernels)
+            expects = steps | (set() if kernels is None else {"lowrank_attention"})
+            assert set(calls) == expects, (policy, calls)
             assert torch.allclose(*found, rtol=1e-4, atol=1e-4), policy
 
-    curves = []
-    for asked in "01":
-        os.environ["LESS_TRITON"], calls[:] = asked, []
+    def curve():
         recipe = Recipe(kernel_size=4, hidden=8, epochs=1, dropout=0.0)
         windows = torch.randint(64, (4, 40), generator=torch.Generator().manual_seed(1))
-        _, found = train(model, H2O(3, 3), windows, recipe, Path(os.environ["OUT"]) / f"{asked}.safetensors", {}, validation=1)
-        curves.append([x for c in found.values() for x in c["validation"]])
-    assert set(calls) == {"decode_step", "lowrank_attention"}
-    assert torch.allclose(*map(torch.tensor, curves), rtol=1e-4)
+        path = Path(os.environ["OUT"]) / f"{os.environ['LESS_TRITON']}.safetensors"
+        _, curves = train(model, H2O(3, 3), windows, recipe, path, {}, validation=1)
+        return torch.tensor([loss for c in curves.values() for loss in c["validation"]])
+
+    curves = by_both_forms(curve)
+    assert set(calls) == {"sequence_of_steps", "lowrank_attention"}
+    assert torch.allclose(*curves, rtol=1e-4)
     print("the same")
 """
 
@@ -103,28 +143,36 @@ def test_decoding_prompts_and_training_are_the_same_with_the_kernels(tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, "the same"), done.stderr[-4000:]
 
 
-def test_the_kernels_are_used_where_they_are_asked_for_and_can_run(monkeypatch):
-    x, compiling = torch.zeros(2), torch.compiler.is_compiling
-    cases = (
+@pytest.mark.parametrize(
+    ("asked", "can", "is_traced", "wanted"),
+    [
         ("1", True, False, True),
         ("0", True, False, False),
+        (None, True, False, False),
         ("1", False, False, False),
         ("1", True, True, False),
-    )
-    for asked, can, traced, wanted in cases:
+    ],
+)
+def test_the_kernels_are_used_where_they_are_asked_for_and_can_run(
+    asked, can, is_traced, wanted, monkeypatch
+):
+    monkeypatch.delenv("LESS_TRITON", raising=False)
+    if asked is not None:
         monkeypatch.setenv("LESS_TRITON", asked)
-        monkeypatch.setattr(ours, "available", lambda x, can=can: can)
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda traced=traced: traced)
-        assert fused.wanted(x) is wanted
-    monkeypatch.setattr(torch.compiler, "is_compiling", compiling)
-    monkeypatch.delenv("LESS_TRITON")
-    assert not fused.wanted(x)
+    monkeypatch.setattr(ours, "available", lambda x: can)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_traced)
+    assert dispatch.wants_triton(torch.zeros(2)) is wanted
 
 
 def test_the_scan_is_the_torch_form_unless_asked(monkeypatch):
+    inputs = [torch.zeros(1)] * 3
+    sums = (torch.ones(1, 2), torch.full((1,), 2.0))
+    of_torch = Part(torch.zeros(1, 2), torch.zeros(1))
     monkeypatch.delenv("LESS_TRITON", raising=False)
-    monkeypatch.setattr(scan, "lowrank_attention", lambda *args: "torch")
-    monkeypatch.setattr(ours, "lowrank_attention", lambda *args: "triton")
-    assert fused.lowrank_attention(*[torch.zeros(1)] * 3) == "torch"
-    monkeypatch.setattr(fused, "wanted", lambda x: True)
-    assert fused.lowrank_attention(*[torch.zeros(1)] * 3) == "triton"
+    monkeypatch.setattr(scan, "lowrank_part", lambda *args: of_torch)
+    monkeypatch.setattr(ours, "lowrank_attention", lambda *args: sums)
+    assert dispatch.lowrank_part(*inputs) is of_torch
+    monkeypatch.setattr(dispatch, "wants_triton", lambda x: True)
+    output, logsumexp = dispatch.lowrank_part(*inputs)
+    assert torch.equal(output, torch.full((1, 2), 0.5))
+    assert torch.equal(logsumexp, torch.full((1,), 2.0).log())

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lesslib import H2O
 from lesslib.attention.fit import model_shape
 from lesslib.attention.whole_sequence import dense_attention, evict, recover
-from lesslib.bench.benchmarks import stepwise_attention
+from lesslib.bench import stepwise_attention
 from lesslib.hf import attention_modules, output_projection
 from lesslib.profiles import get_profile
 from lesslib.states import Kernels
@@ -332,7 +332,7 @@ def test_the_stepwise_scheme_is_the_same_function_with_the_same_gradients():
     q, k, v = (torch.randn(2, 3, 70, 8, dtype=torch.float64) for _ in range(3))
     phi, psi = (torch.rand(2, 3, 70, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     policy = H2O(heavy=5, recent=4, scores="full")
-    slow, target = stepwise_attention(q, k, v, policy, phi, psi, 8**-0.5)
+    slow, target = stepwise_attention(q, k, v, policy, (phi, psi), 8**-0.5)
     fast = recover(evict(policy, q, k, v), phi, psi, v)
     assert (slow - fast).abs().max() < 1e-12
     assert (target - dense_attention(q, k, v)).abs().max() < 1e-12

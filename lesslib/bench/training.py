@@ -1,0 +1,176 @@
+"""`python -m lesslib.bench train`: seconds and memory of an epoch of kernel training, by scheme.
+
+Open `TrainingBench` for the schemes, `measure` for one number, `print_training` for the table.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lesslib.attention.fit import model_shape
+from lesslib.bench.stepwise import stepwise_attention
+from lesslib.bench.timing import DEVICE, fresh_process, now, peak_above, restart_peak_memory
+from lesslib.data import load_corpus, training_windows
+from lesslib.hf import attention_modules, output_projection
+from lesslib.models import load_model
+from lesslib.policies import H2O, budget_of
+from lesslib.states import Kernels, LayerKernels
+from lesslib.training import LayerTrainer, Recipe, capture_layers, features, layer_pool
+
+# ours; one layer after the other, as the authors do; and theirs with layers side by side, as ours
+OURS = "ours"
+STEPWISE = "stepwise"
+STEPWISE_PARALLEL = "stepwise, layers in parallel"
+SCHEMES = (OURS, STEPWISE, STEPWISE_PARALLEL)
+
+# the fastest counts: the first fills the allocator, and a shared machine is slow at times
+EPOCHS = 3
+# the longest windows of which a CPU repeats a stepwise epoch
+LONGEST_REPEATED = 1024
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """One epoch to time: `sequences` windows of `length` tokens, H2O at `fraction` of a window."""
+
+    scheme: str
+    length: int
+    sequences: int
+    fraction: float
+    recipe: Recipe
+    model_name: str = "pico-llama"
+
+
+class TrainingBench:
+    """All layers of a model with fresh kernels, and what they are trained on by either scheme."""
+
+    def __init__(self, case: TrainingCase):
+        recipe = case.recipe
+        model, tokenizer = load_model(case.model_name, DEVICE, torch.float32)
+        corpora = [load_corpus("topics-train")]
+        windows = training_windows(corpora, tokenizer, case.length, case.sequences, recipe.seed)
+        modules = attention_modules(model)
+
+        kernels = Kernels.new(
+            model_shape(model), recipe.kernel_size, recipe.hidden, recipe.dropout, recipe.seed
+        ).to(DEVICE)
+
+        self.model = model
+        self.policy = H2O.from_budget(budget_of(case.fraction, case.length))
+        self.layers = list(modules)
+        self.kernels = [cast(LayerKernels, layer.train()) for layer in kernels.layers]
+        self.projections = {
+            i: output_projection(module).weight.detach() for i, module in modules.items()
+        }
+        self.optimizers = {
+            i: torch.optim.Adam(self.kernels[i].parameters(), lr=recipe.lr, fused=True)
+            for i in self.layers
+        }
+        self.data = capture_layers(model, windows, self.layers)
+        self.batch = recipe.batch
+        self.batches = torch.arange(case.sequences).split(recipe.batch)
+        self.trainers: dict[int, LayerTrainer] = {}
+
+    def prepare(self, i: int) -> None:
+        """What ours computes once for layer `i`."""
+        self.trainers[i] = LayerTrainer(
+            self.data[i], self.policy, self.projections[i], validation=1, batch=self.batch
+        )
+
+    def ours(self, i: int) -> None:
+        """An epoch of layer `i` from eviction times, sparse outputs and targets computed once."""
+        self.trainers[i].epoch(self.kernels[i], self.optimizers[i], self.batches)
+
+    def stepwise(self, i: int) -> None:
+        """An epoch of layer `i` that builds masks and S x S weights anew at every step."""
+        for rows in self.batches:
+            loss = self._stepwise_loss(i, rows)
+            self.optimizers[i].zero_grad()
+            loss.backward()
+            self.optimizers[i].step()
+
+    def _stepwise_loss(self, i: int, rows: Tensor) -> Tensor:
+        """Mean squared error after W_O, past the budget."""
+        data = self.data[i]
+        q, k, v = (x[rows].to(DEVICE, torch.float32) for x in (data.q, data.k, data.v))
+        phi_and_psi = features(self.kernels[i], q, k)
+        out, target = stepwise_attention(q, k, v, self.policy, phi_and_psi, data.scaling)
+        past_budget = (out - target)[:, :, self.policy.budget :]
+        # [B, S - budget, H * Dv]
+        difference = past_budget.transpose(1, 2).flatten(2)
+        return (difference @ self.projections[i].T).square().mean()
+
+    def seconds(self, run: Callable, work: Callable[[int], None]) -> float:
+        """Seconds of `work` for all layers, through `run`: `map`, or that of a pool of threads."""
+        begun = now()
+        list(run(work, self.layers))
+        return now() - begun
+
+
+def repeats(case: TrainingCase) -> int:
+    """Epochs of which the fastest counts; one where a CPU takes 20 s: there no warming up shows."""
+    if case.scheme == OURS or case.length <= LONGEST_REPEATED or DEVICE.type == "cuda":
+        return EPOCHS
+    return 1
+
+
+def epoch(case: TrainingCase) -> dict:
+    """Train all layers for an epoch: its seconds, those of what is computed once, and peak MiB.
+
+    The peak is above what the process held before; None where it cannot be read.
+    """
+    bench = TrainingBench(case)
+    seconds_once = 0.0
+    held = restart_peak_memory()
+    if case.scheme == STEPWISE:
+        seconds = [bench.seconds(map, bench.stepwise) for _ in range(repeats(case))]
+    else:
+        work = bench.ours if case.scheme == OURS else bench.stepwise
+        with layer_pool(bench.model.device) as pool:
+            if case.scheme == OURS:
+                seconds_once = bench.seconds(pool.map, bench.prepare)
+            seconds = [bench.seconds(pool.map, work) for _ in range(repeats(case))]
+    peak_mib = peak_above(held)
+    return {
+        "seconds_epoch": round(min(seconds), 4),
+        "seconds_once": round(seconds_once, 4),
+        "peak_mib": None if peak_mib is None else round(peak_mib, 1),
+    }
+
+
+def measure(scheme: str, length: int, sequences: int, fraction: float, **recipe) -> dict:
+    """`epoch` in a fresh process, so that its peak is its own; `recipe`: fields of `Recipe`."""
+    case = TrainingCase(scheme, length, sequences, fraction, Recipe(**recipe))
+    with fresh_process() as pool:
+        return pool.submit(epoch, case).result()
+
+
+def print_training(
+    lengths: list[int],
+    schemes: list[str],
+    sequences: int,
+    fraction: float,
+    hidden: int,
+    dropout: float,
+) -> None:
+    """A table of `measure` by scheme, each with its ratio to the first."""
+    first = schemes[0]
+    print(
+        f"{'tokens':>6} {'scheme':>28} {'s/epoch':>9} {'once s':>7} {'peak MiB':>9}"
+        f" {'times ' + first:>23}"
+    )
+    for length in lengths:
+        measured = {
+            scheme: measure(scheme, length, sequences, fraction, hidden=hidden, dropout=dropout)
+            for scheme in schemes
+        }
+        for scheme, row in measured.items():
+            seconds = row["seconds_epoch"]
+            times = seconds / measured[first]["seconds_epoch"]
+            print(
+                f"{length:6d} {scheme:>28} {seconds:9.3f} {row['seconds_once']:7.2f}"
+                f" {row['peak_mib'] or 0:9.0f} {times:23.1f}"
+            )
