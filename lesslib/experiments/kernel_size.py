@@ -34,7 +34,9 @@ class KernelSize(ScoringExperiment):
 
     def points(self) -> list[Point]:
         fractions: tuple[float, ...] = (0.02, 0.05)
-        sizes = PAPER_SIZES if self.profile.name == "paper" else SIZES
+        sizes: tuple[int, ...] = SIZES
+        if self.profile.name == "paper":
+            sizes = PAPER_SIZES
         if self.profile.quick:
             fractions = (0.05,)
             sizes = (self.profile.kernel_size,)

@@ -4,6 +4,7 @@ every one. The rows of the multi-query model, `multi_query.py`, decide two of it
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -211,7 +212,7 @@ def verdicts_of_every_profile(record: dict, profile: str) -> list[Verdict]:
 def paper_table() -> Markdown:
     """Table 2 of the paper: word perplexity of Llama 2 7B."""
     methods = [Method.full(), *methods_at(PAPER_FRACTIONS[0], PAPER_FRACTIONS)]
-    places = [(c, fraction) for c in ("WikiText", "PG-19") for fraction in PAPER_FRACTIONS]
+    places = list(itertools.product(("WikiText", "PG-19"), PAPER_FRACTIONS))
     lines = []
     for method in methods:
         lines.append([method.label, *(table2(c, f, method.label) for c, f in places)])

@@ -4,6 +4,7 @@ Full and of H2O stand in the record of Table 2, `language_modeling`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,7 @@ def verdicts_of_every_profile(record: dict, language: dict, profile: str) -> lis
 # ---------------------------------------------------------------------- tables and a figure
 def paper_table() -> Markdown:
     """Table 7 of the paper: word perplexity of Llama 2 7B at 5%."""
-    places = [(corpus, policy) for corpus in ("WikiText", "PG-19") for policy in POLICIES]
+    places = list(itertools.product(("WikiText", "PG-19"), POLICIES))
     lines = []
     for method in (Method.full(), *sparse_methods("h2o")):
         lines.append([method.label, *(table7(c, p, method.label) for c, p in places)])
