@@ -1,5 +1,6 @@
-"""What serving costs: the loads, the rows that fit into memory, the clock of nested parts, and
-what is recorded and concluded.
+"""What serving costs: the loads, the rows that fit into memory, the clock of nested parts.
+
+And what is recorded and concluded of it.
 """
 
 import json
@@ -7,11 +8,23 @@ import json
 import pytest
 import torch
 
-from lesslib.bench import DEVICE, METHODS, PARTS, Clock, Load, now, parts, serve, serving
+from lesslib.bench import (
+    DEVICE,
+    METHODS,
+    PARTS,
+    Clock,
+    Load,
+    now,
+    parts,
+    serve,
+    serving,
+)
 from lesslib.bench.breakdown import parts_timed
-from lesslib.bench.scoring import ScoringCase, scoring
 from lesslib.bench.served_model import ServedModel
 from lesslib.bench.timing import copy_bandwidth
+from lesslib.experiments import scoreboard
+from lesslib.experiments import serving as serving_tables
+from lesslib.experiments.serving import LOADS
 from lesslib.reporting import plots
 
 SMALL = Load("pico", 40, 12, 3, hidden=16)
@@ -40,6 +53,13 @@ def test_a_load_that_cannot_be_is_refused(changes, words):
         Load(**{"model": "pico", "prompt": 8, "generate": 8, "batch": 2} | changes)
 
 
+def test_the_loads_of_all_profiles_have_names_of_their_own_and_enough_steps_for_parts():
+    for tables, broken_down in LOADS.values():
+        assert len({str(load) for load in tables}) == len(tables)
+        assert broken_down.batch > 0
+        assert broken_down.generate >= 2 * (serving.WARM_UP + 32)
+
+
 def test_every_method_is_served_and_holds_what_the_formula_says():
     found = serve(SMALL, runs=2)
     assert tuple(found) == METHODS
@@ -47,13 +67,14 @@ def test_every_method_is_served_and_holds_what_the_formula_says():
         assert (row["rows"], len(row["prompt_s"]), len(row["decode_s"])) == (3, 2, 2)
         assert row["seconds"] == pytest.approx(sum(row["prompt_s"] + row["decode_s"]) / 2, abs=1e-3)
         assert row["tokens_per_s"] == pytest.approx(3 * 12 / row["seconds"], rel=0.01)
-        shared = 0 if method.startswith("Full") else 4 * 8  # a counter by layer
-        one_short = (
-            row["formula_bytes"] / 52 if method == "Full, dynamic" else 0
-        )  # the last token is written, and never read
+        # a counter by layer
+        shared = 0 if method.startswith("Full") else 4 * 8
+        # the last token is written, and never read
+        one_short = row["formula_bytes"] / 52 if method == "Full, dynamic" else 0
         assert row["bytes"] == row["formula_bytes"] + shared - one_short
         assert row["floor_ms"] > 0
-    assert found["LESS"]["floor_ms"] > found["Baseline"]["floor_ms"] > 0  # state and kernels
+    # state and kernels
+    assert found["LESS"]["floor_ms"] > found["Baseline"]["floor_ms"] > 0
     assert found["Full, static"]["bytes"] > found["LESS"]["bytes"]
 
 
@@ -84,19 +105,18 @@ def test_the_most_rows_that_fit_are_found_by_trying(monkeypatch):
 
     def scarce(self, method, generate, batch):
         tried[method].append(batch)
-        if (
-            batch > (20 if generate < 12 else 15) or method == "Baseline"
-        ):  # the whole length holds more than the warm-up
+        # the whole length holds more than the warm-up
+        fitting_rows = 20 if generate < 12 else 15
+        if batch > fitting_rows or method == "Baseline":
             raise torch.OutOfMemoryError("out of memory")
         return {"prompt": 1.0, "decode": 2.0, "bytes": 3}
 
     monkeypatch.setattr(ServedModel, "run", scarce)
     found = serve(Load("pico", 24, 12, cache_mib=8), methods=tuple(tried), runs=2)
     assert tried["Full, static"] == [37, 32, 28, 24, 21, 18, 18, 15, 15]
-    assert {"rows": 15, "prompt_s": [1.0, 1.0], "decode_s": [2.0, 2.0]}.items() <= found[
-        "Full, static"
-    ].items()
-    assert found["Full, static"]["formula_bytes"] == 15 * 2 * 4 * 192 * 36 * 4
+    row = found["Full, static"]
+    assert (row["rows"], row["prompt_s"], row["decode_s"]) == (15, [1.0, 1.0], [2.0, 2.0])
+    assert row["formula_bytes"] == 15 * 2 * 4 * 192 * 36 * 4
     assert tried["Baseline"][-2:] == [2, 1]
     assert found["Baseline"] == {"rows": 1, "out_of_memory": True}
 
@@ -104,18 +124,24 @@ def test_the_most_rows_that_fit_are_found_by_trying(monkeypatch):
 def test_a_clock_gives_each_part_what_parts_inside_it_do_not_take():
     time = iter(range(100))
     clock = Clock(lambda: next(time))
-    inner = clock.timed("inner", lambda: None)  # 1 tick
-    middle = clock.timed("middle", lambda: (inner(), inner()))  # 5 ticks, 2 of them inside
-    clock.timed("outer", lambda: (middle(), inner()))()  # 9 ticks
+    # 1 tick
+    inner = clock.timed("inner", lambda: None)
+    # 5 ticks, 2 of them inside
+    middle = clock.timed("middle", lambda: (inner(), inner()))
+    # 9 ticks
+    outer = clock.timed("outer", lambda: (middle(), inner()))
+    outer()
     assert clock.seconds == {"inner": 3, "middle": 3, "outer": 3}
 
 
 def test_parts_are_timed_within_the_context_alone_and_change_no_result():
     served = ServedModel(SMALL)
     ids = torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    logits, seconds = [], []
+    logits = []
+    seconds = {}
     for watched in (False, True):
-        cache, clock = served.cache("LESS"), Clock(now)
+        cache = served.cache("LESS")
+        clock = Clock(now)
         with torch.no_grad(), served.attention("LESS"):
             served.model(ids, past_key_values=cache)
             if watched:
@@ -126,18 +152,22 @@ def test_parts_are_timed_within_the_context_alone_and_change_no_result():
             else:
                 logits.append(served.model(ids[:, :1], past_key_values=cache).logits)
             served.model(ids[:, :1], past_key_values=cache)
-        assert clock.seconds == seconds or not watched  # no longer counted
+        # no longer counted
+        assert clock.seconds == seconds or not watched
     assert torch.equal(*logits)
 
 
 def test_the_parts_of_a_step():
     found = parts(Load("pico", 40, 24, 2, hidden=16), steps=4)
-    assert {m: {p for p in PARTS if f"{p}_ms" in row} for m, row in found.items()} == {
+    expected = {
         "Full, static": {"decoding"},
         "Baseline+": {"decoding", "eviction"},
         "LESS": set(PARTS),
     }
-    assert all(v > 0 for row in found.values() for v in row.values())
+    assert found.keys() == expected.keys()
+    for method, row in found.items():
+        assert {part for part in PARTS if f"{part}_ms" in row} == expected[method]
+        assert all(milliseconds > 0 for milliseconds in row.values())
     with pytest.raises(
         ValueError, match="generate is 23: 4 steps timed in two ways need at least 24"
     ):
@@ -145,16 +175,82 @@ def test_the_parts_of_a_step():
 
 
 def test_parts_are_of_as_many_rows_as_are_served(monkeypatch):
-    caches, empty, load = [], ServedModel.cache, Load("pico", 40, 24, cache_mib=1, hidden=16)
-    monkeypatch.setattr(
-        ServedModel, "cache", lambda self, method: caches.append(empty(self, method)) or caches[-1]
-    )
+    load = Load("pico", 40, 24, cache_mib=1, hidden=16)
+    caches = []
+    empty_cache = ServedModel.cache
+
+    def noted_cache(self, method):
+        caches.append(empty_cache(self, method))
+        return caches[-1]
+
+    monkeypatch.setattr(ServedModel, "cache", noted_cache)
     parts(load, methods=("LESS",), steps=4)
     assert caches[0].layers[0].batch_size == ServedModel(load).rows("LESS") > 1
 
 
 def test_a_copys_bandwidth_is_that_of_memory():
     assert 1e8 < copy_bandwidth(mib=64) < 1e13
+
+
+def test_both_tables_are_recorded_and_read_again(monkeypatch):
+    first = serving_tables.latency("smoke"), serving_tables.breakdown("smoke")
+    for name in ("serve", "parts"):
+        monkeypatch.setattr(serving_tables, name, lambda *a: pytest.fail("computed again"))
+    assert (serving_tables.latency("smoke"), serving_tables.breakdown("smoke")) == first
+
+
+def test_a_limit_takes_the_smallest_loads(monkeypatch):
+    monkeypatch.setenv("LESS_LIMIT", "2")
+    assert serving_tables.loads("paper") == LOADS["smoke"]
+
+
+def served_methods(rows=2, **seconds):
+    """What `serve` gives, by method: seconds of each run's decoding, the prompts took none."""
+    methods = {}
+    for name, decode_s in seconds.items():
+        methods[name.replace("_", ", ")] = {
+            "rows": rows,
+            "prompt_s": [0.0] * len(decode_s),
+            "decode_s": decode_s,
+            "seconds": 1.0,
+        }
+    return methods
+
+
+def test_verdicts_on_latency_hold_fail_and_are_undecided():
+    full = {"Full_dynamic": [9.0, 9.0, 9.0], "Full_static": [2.0, 2.2, 2.1]}
+    cases = [
+        ({"LESS": [1.0, 1.1, 1.2]}, True),
+        ({"LESS": [3.0, 3.1, 3.2]}, False),
+        ({"LESS": [1.9, 2.0, 2.3]}, None),
+    ]
+    for less, holds in cases:
+        methods = served_methods(**full, **less)
+        record = {"points": {"a load": {"parameters": {"cache_mib": 0}, "methods": methods}}}
+        (verdict,) = scoreboard.latency(record)
+        assert verdict.holds is holds
+        assert list(scoreboard.latency(record, "tokens_per_s")) == []
+    methods = served_methods(**full, LESS=[1.0, 1.1, 1.2])
+    expected = (2.1 / 1.1, 2.0 / 1.2, 2.2 / 1.0)
+    assert scoreboard.times_faster(methods, "LESS") == pytest.approx(expected)
+
+
+def test_verdicts_on_throughput_count_the_rows():
+    full = served_methods(rows=10, Full_static=[2.0, 2.0])
+    methods = full | served_methods(rows=40, LESS=[4.0, 4.0])
+    record = {"points": {"a load": {"parameters": {"cache_mib": 5}, "methods": methods}}}
+    (verdict,) = scoreboard.latency(record, "tokens_per_s")
+    assert (verdict.holds, verdict.numbers) == (True, "2.00 times [2.00, 2.00]; 40 rows against 10")
+    methods["LESS"] = {"rows": 40, "out_of_memory": True}
+    assert list(scoreboard.latency(record, "tokens_per_s")) == []
+
+
+@pytest.mark.parametrize(("less", "holds"), [(1.1, True), (1.2, False)])
+def test_verdicts_on_a_steps_overhead(less, holds):
+    methods = {"Baseline+": {"unobserved_ms": 1.0}, "LESS": {"unobserved_ms": less}}
+    record = {"points": {"a load": {"methods": methods}}}
+    (verdict,) = scoreboard.breakdown(record)
+    assert (verdict.holds, verdict.numbers) == (holds, f"{less - 1:+.1%}")
 
 
 def test_stacked_bars_are_as_long_as_their_parts():
@@ -170,39 +266,20 @@ def test_stacked_bars_are_as_long_as_their_parts():
 
 def test_the_command_prints_ratios_and_writes_json(capsys, home):
     load = ["--prompt", "40", "--generate", "12"]
-    serving.main(
-        [
-            *load,
-            "--batch",
-            "2",
-            "--runs",
-            "1",
-            "--methods",
-            "Full, static",
-            "LESS",
-            "--out",
-            str(home / "x.json"),
-        ]
-    )
+    out = ["--out", str(home / "x.json")]
+    two_methods = ["--methods", "Full, static", "LESS"]
+    serving.main([*load, "--batch", "2", "--runs", "1", *two_methods, *out])
     said = capsys.readouterr().out
     assert "pico 40+12, batch 2; " in said
     assert "Full, static: rows 2" in said
     written = json.loads((home / "x.json").read_text())
     assert set(written["methods"]) == {"Full, static", "LESS"}
-    assert (
-        f"({written['methods']['LESS']['step_ms'] / written['methods']['Full, static']['step_ms']:.2f})"
-        in said
-    )
+    less_ms = written["methods"]["LESS"]["step_ms"]
+    full_ms = written["methods"]["Full, static"]["step_ms"]
+    assert f"({less_ms / full_ms:.2f})" in said
     with pytest.raises(SystemExit):
         serving.main(load)
     assert "batch 0 and cache_mib 0: give one of the two" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         serving.main([*load, "--batch", "2", "--parts"])
     assert "generate is 12: 32 steps timed in two ways need at least 80" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("method", ["Full", "Baseline", "LESS"])
-def test_whole_sequences_are_timed(method):
-    seconds, peak = scoring(ScoringCase("pico", 128, 2, method, hidden=16, runs=2))
-    assert seconds > 0
-    assert peak is None or peak >= 0
