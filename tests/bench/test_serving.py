@@ -22,9 +22,6 @@ from lesslib.bench import (
 from lesslib.bench.breakdown import parts_timed
 from lesslib.bench.served_model import ServedModel
 from lesslib.bench.timing import copy_bandwidth
-from lesslib.experiments import scoreboard
-from lesslib.experiments import serving as serving_tables
-from lesslib.experiments.serving import LOADS
 from lesslib.reporting import plots
 
 SMALL = Load("pico", 40, 12, 3, hidden=16)
@@ -51,13 +48,6 @@ def home(tmp_path, monkeypatch):
 def test_a_load_that_cannot_be_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         Load(**{"model": "pico", "prompt": 8, "generate": 8, "batch": 2} | changes)
-
-
-def test_the_loads_of_all_profiles_have_names_of_their_own_and_enough_steps_for_parts():
-    for tables, broken_down in LOADS.values():
-        assert len({str(load) for load in tables}) == len(tables)
-        assert broken_down.batch > 0
-        assert broken_down.generate >= 2 * (serving.WARM_UP + 32)
 
 
 def test_every_method_is_served_and_holds_what_the_formula_says():
@@ -190,67 +180,6 @@ def test_parts_are_of_as_many_rows_as_are_served(monkeypatch):
 
 def test_a_copys_bandwidth_is_that_of_memory():
     assert 1e8 < copy_bandwidth(mib=64) < 1e13
-
-
-def test_both_tables_are_recorded_and_read_again(monkeypatch):
-    first = serving_tables.latency("smoke"), serving_tables.breakdown("smoke")
-    for name in ("serve", "parts"):
-        monkeypatch.setattr(serving_tables, name, lambda *a: pytest.fail("computed again"))
-    assert (serving_tables.latency("smoke"), serving_tables.breakdown("smoke")) == first
-
-
-def test_a_limit_takes_the_smallest_loads(monkeypatch):
-    monkeypatch.setenv("LESS_LIMIT", "2")
-    assert serving_tables.loads("paper") == LOADS["smoke"]
-
-
-def served_methods(rows=2, **seconds):
-    """What `serve` gives, by method: seconds of each run's decoding, the prompts took none."""
-    methods = {}
-    for name, decode_s in seconds.items():
-        methods[name.replace("_", ", ")] = {
-            "rows": rows,
-            "prompt_s": [0.0] * len(decode_s),
-            "decode_s": decode_s,
-            "seconds": 1.0,
-        }
-    return methods
-
-
-def test_verdicts_on_latency_hold_fail_and_are_undecided():
-    full = {"Full_dynamic": [9.0, 9.0, 9.0], "Full_static": [2.0, 2.2, 2.1]}
-    cases = [
-        ({"LESS": [1.0, 1.1, 1.2]}, True),
-        ({"LESS": [3.0, 3.1, 3.2]}, False),
-        ({"LESS": [1.9, 2.0, 2.3]}, None),
-    ]
-    for less, holds in cases:
-        methods = served_methods(**full, **less)
-        record = {"points": {"a load": {"parameters": {"cache_mib": 0}, "methods": methods}}}
-        (verdict,) = scoreboard.latency(record)
-        assert verdict.holds is holds
-        assert list(scoreboard.latency(record, "tokens_per_s")) == []
-    methods = served_methods(**full, LESS=[1.0, 1.1, 1.2])
-    expected = (2.1 / 1.1, 2.0 / 1.2, 2.2 / 1.0)
-    assert scoreboard.times_faster(methods, "LESS") == pytest.approx(expected)
-
-
-def test_verdicts_on_throughput_count_the_rows():
-    full = served_methods(rows=10, Full_static=[2.0, 2.0])
-    methods = full | served_methods(rows=40, LESS=[4.0, 4.0])
-    record = {"points": {"a load": {"parameters": {"cache_mib": 5}, "methods": methods}}}
-    (verdict,) = scoreboard.latency(record, "tokens_per_s")
-    assert (verdict.holds, verdict.numbers) == (True, "2.00 times [2.00, 2.00]; 40 rows against 10")
-    methods["LESS"] = {"rows": 40, "out_of_memory": True}
-    assert list(scoreboard.latency(record, "tokens_per_s")) == []
-
-
-@pytest.mark.parametrize(("less", "holds"), [(1.1, True), (1.2, False)])
-def test_verdicts_on_a_steps_overhead(less, holds):
-    methods = {"Baseline+": {"unobserved_ms": 1.0}, "LESS": {"unobserved_ms": less}}
-    record = {"points": {"a load": {"methods": methods}}}
-    (verdict,) = scoreboard.breakdown(record)
-    assert (verdict.holds, verdict.numbers) == (holds, f"{less - 1:+.1%}")
 
 
 def test_stacked_bars_are_as_long_as_their_parts():
