@@ -40,12 +40,12 @@ class Point:
 
 
 class TaskTexts(NamedTuple):
-    """The examples of a task that an experiment reads, as `lesslib.data.tasks.task_record` names
-    them.
+    """The texts of a task that an experiment reads: how many examples, how many shots before each,
+    and the words that a text is cut to. See `lesslib.data.tasks.task_record`.
     """
 
     task: str
-    count: int
+    examples: int
     shots: int
     length: int
 

@@ -337,7 +337,8 @@ def evicted_figure(record: dict, width: int = 110) -> Figure:
     for policy in POLICIES:
         entry = record["points"][f"evicted/{policy}"]
         placed[policy] = place_tokens(entry["tokens"], entry["gone"], width)
-    heights = [1 + max(row for row, *_ in tokens) for tokens in placed.values()]
+    # In rows of text; the last token lies in the last row.
+    heights = [tokens[-1][0] + 1 for tokens in placed.values()]
     inches = (
         width * CHARACTER_WIDTH * FONT_SIZE / 72 + 0.2,
         sum(heights) * 0.15 + 0.35 * len(heights),

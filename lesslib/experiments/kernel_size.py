@@ -4,7 +4,6 @@ hold as many bytes; H2O at 2% and 5%.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,9 @@ class KernelSize(ScoringExperiment):
 
     def points(self) -> list[Point]:
         fractions: tuple[float, ...] = (0.02, 0.05)
-        sizes = PAPER_SIZES if self.profile.name == "paper" else SIZES
+        sizes: tuple[int, ...] = SIZES
+        if self.profile.name == "paper":
+            sizes = PAPER_SIZES
         if self.profile.quick:
             fractions = (0.05,)
             sizes = (self.profile.kernel_size,)
@@ -82,32 +83,43 @@ def cells(record: dict) -> dict[str, dict[int, dict[str, dict]]]:
     paper="R = 8, 32, 128, 512, by eye",
     needs=("kernel_size",),
 )
-def verdicts(record: dict) -> Iterator[Verdict]:
+def verdicts(record: dict) -> list[Verdict]:
     """By budget: LESS beats tokens of the same bytes, larger R is better, and each doubling gains
     less.
     """
-    for budget, by_size in cells(record).items():
-        yield _beats_as_many_bytes(budget, by_size)
-        log_ppl = [entries[LESS]["log_ppl"] for entries in by_size.values()]
-        gains = [smaller - larger for smaller, larger in pairwise(log_ppl)]
-        if len(gains) > 1:
-            numbers = " then ".join(f"{gain:.3f}" for gain in gains) + " nats a token"
-            is_better = min(gains) > 0
-            is_diminishing = all(gain > next_gain for gain, next_gain in pairwise(gains))
-            yield Verdict(f"{budget}: every doubling of R lowers perplexity", is_better, numbers)
-            yield Verdict(f"{budget}: and gains less than the one before", is_diminishing, numbers)
+    verdicts = []
+    for budget in cells(record):
+        verdicts.append(beats_as_many_bytes(record, budget))
+        verdicts += _gains(record, budget)
+    return verdicts
 
 
-def _beats_as_many_bytes(budget: str, by_size: dict[int, dict[str, dict]]) -> Verdict:
+def beats_as_many_bytes(record: dict, budget: str) -> Verdict:
+    """At one budget ("5%"), whether LESS is better than Baseline+ at every R."""
     numbers = []
     is_lower = True
-    for R, entries in by_size.items():
+    for R, entries in cells(record)[budget].items():
         ours = entries[LESS]["log_ppl"]
         plus = entries[PLUS]["log_ppl"]
         is_lower = is_lower and ours < plus
         numbers.append(f"R={R}: {np.exp(ours):.2f} against {np.exp(plus):.2f}")
     claim = f"{budget}: LESS beats as many bytes of tokens at every R"
     return Verdict(claim, is_lower, ", ".join(numbers))
+
+
+def _gains(record: dict, budget: str) -> list[Verdict]:
+    """What doublings of R gain at one budget; none where fewer than three sizes were measured."""
+    log_ppl = [entries[LESS]["log_ppl"] for entries in cells(record)[budget].values()]
+    gains = [smaller - larger for smaller, larger in pairwise(log_ppl)]
+    if len(gains) < 2:
+        return []
+    numbers = " then ".join(f"{gain:.3f}" for gain in gains) + " nats a token"
+    is_better = min(gains) > 0
+    is_diminishing = all(gain > next_gain for gain, next_gain in pairwise(gains))
+    return [
+        Verdict(f"{budget}: every doubling of R lowers perplexity", is_better, numbers),
+        Verdict(f"{budget}: and gains less than the one before", is_diminishing, numbers),
+    ]
 
 
 # ---------------------------------------------------------------------- tables and a figure

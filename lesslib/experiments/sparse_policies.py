@@ -4,6 +4,7 @@ Full and of H2O stand in the record of Table 2, `language_modeling`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +109,8 @@ def verdicts(record: dict, language: dict, profile: str) -> list[Verdict]:
     return verdicts
 
 
-def first_corpus_verdicts(record: dict, language: dict, profile: str) -> list[Verdict]:
-    """The same of the profile's first corpus alone, which they do not name."""
+def verdicts_of_every_profile(record: dict, language: dict, profile: str) -> list[Verdict]:
+    """Those on the profile's first corpus, which they do not name."""
     first = get_profile(profile).evaluation[0]
     verdicts = []
     for (corpus, policy), entries in cells(record, language, profile).items():
@@ -121,7 +122,7 @@ def first_corpus_verdicts(record: dict, language: dict, profile: str) -> list[Ve
 # ---------------------------------------------------------------------- tables and a figure
 def paper_table() -> Markdown:
     """Table 7 of the paper: word perplexity of Llama 2 7B at 5%."""
-    places = [(corpus, policy) for corpus in ("WikiText", "PG-19") for policy in POLICIES]
+    places = list(itertools.product(("WikiText", "PG-19"), POLICIES))
     lines = []
     for method in (Method.full(), *sparse_methods("h2o")):
         lines.append([method.label, *(table7(c, p, method.label) for c, p in places)])

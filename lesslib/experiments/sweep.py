@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,7 @@ class Book:
 
 
 # ---------------------------------------------------------------------- computing
-def _computed(experiment: Experiment, points: list[Point], book: Book) -> Iterator[Result]:
+def _computed(experiment: Experiment, points: list[Point], book: Book) -> Generator[Result]:
     """Results as they end: first, in this process, of points that may not be shared."""
     import torch
 
@@ -193,7 +193,7 @@ def _may_be_shared(experiment: Experiment, group: list[Point]) -> bool:
 
 def _by_processes(
     experiment: Experiment, groups: list[list[Point]], processes: int, book: Book
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Results of groups that forked processes share, as they end.
 
     The processes share the loaded model's memory and divide torch's threads: small operations keep
