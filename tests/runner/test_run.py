@@ -176,23 +176,32 @@ def test_keep_going_runs_the_rest_and_lists_the_failures(home, capfd):
     assert set(RunLog("smoke", 0).stamps) == {"01_two"}
 
 
-SWEEP = """
+SQUARES = """
 from pathlib import Path
-from lesslib.experiments.sweep import sweep
+from lesslib.experiments import Experiment, Point
 
-def compute(x):
-    if x == 2 and not Path({home!r}, "mended").exists():
-        raise RuntimeError("interrupted")
-    print("computed", x)
-    return {{"square": x * x}}
+class Squares(Experiment):
+    name = "squares"
 
-points = {{"one": {{"x": 1}}, "two": {{"x": 2}}}}
-sweep("squares", profile, seed, points, compute, list)
+    def points(self):
+        return [Point("one", {{"x": 1}}), Point("two", {{"x": 2}})]
+
+    def sources(self):
+        return []
+
+    def compute(self, point):
+        x = point.parameters["x"]
+        if x == 2 and not Path({home!r}, "mended").exists():
+            raise RuntimeError("interrupted")
+        print("computed", x)
+        return {{"square": x * x}}
+
+Squares(profile, seed).run()
 """
 
 
 def test_points_computed_here_are_kept_recorded_ones_of_a_clone_are_not_and_fresh_forgets(home):
-    write(home, "00_one", SWEEP.format(home=str(home)), experiments=["squares"])
+    write(home, "00_one", SQUARES.format(home=str(home)), experiments=["squares"])
     assert main() == 1
     assert out(home, "00_one") == "computed 1\n"
     (home / "mended").touch()
