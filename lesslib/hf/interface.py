@@ -30,8 +30,6 @@ def whole_sequence_attention(
     value,
     attention_mask,
     scaling=None,
-    dropout=0.0,
-    sliding_window=None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """q, k, v after RoPE in, [B, S, Hq, Dv] out: calls what `replace_attention` put on the
@@ -43,13 +41,14 @@ def whole_sequence_attention(
             f"{type(module).__name__} reached lesslib's attention outside `with less(...)`:"
             " run it within that context"
         )
-    check_call(module, dropout, kwargs)
+    check_call(module, kwargs)
     if query.shape[2] != key.shape[2]:
         raise ValueError(
             "mode='parallel' scores whole sequences, without past_key_values: generate in"
             " `with less(model)` with a LessCache"
         )
-    if sliding_window is not None and sliding_window < key.shape[2]:
+    window = kwargs.get("sliding_window")
+    if window is not None and window < key.shape[2]:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -67,14 +66,13 @@ def decoding_attention(
     value,
     attention_mask,
     scaling=None,
-    dropout=0.0,
-    less_layer=None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """New tokens over the module's `less_layer`; a stock layer (sliding window) gets stock
     attention.
     """
-    check_call(module, dropout, kwargs)
+    check_call(module, kwargs)
+    less_layer = kwargs.pop("less_layer", None)
     if less_layer is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
@@ -86,7 +84,7 @@ def decoding_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def check_call(module: Any, dropout: float, kwargs: dict[str, Any]) -> None:
+def check_call(module: Any, kwargs: dict[str, Any]) -> None:
     """Raises for what SDPA and our attention would silently leave out."""
     for name, feature in (("softcap", "logit soft-capping"), ("s_aux", "attention sinks")):
         if kwargs.get(name) is not None:
@@ -94,8 +92,8 @@ def check_call(module: Any, dropout: float, kwargs: dict[str, Any]) -> None:
                 f"{feature} ({name}) of {type(module).__name__} is not implemented:"
                 " use a model without it"
             )
-    if dropout:
-        raise ValueError(f"attention dropout is {dropout}: call model.eval() first")
+    if kwargs.get("dropout"):
+        raise ValueError(f"attention dropout is {kwargs['dropout']}: call model.eval() first")
 
 
 def check_mask(attention_mask: Tensor | None) -> None:

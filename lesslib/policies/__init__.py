@@ -5,6 +5,7 @@ goes next. Open base.py first, then h2o.py; simulation.py runs a policy along a 
 gives its eviction times. May import from ops and util.
 """
 
+from lesslib.ops.blocks import NEVER
 from lesslib.policies.base import Policy, budget_of
 from lesslib.policies.full import Full
 from lesslib.policies.h2o import H2O
@@ -15,6 +16,7 @@ from lesslib.policies.tova import TOVA
 
 __all__ = [
     "H2O",
+    "NEVER",
     "POLICIES",
     "TOVA",
     "Full",
