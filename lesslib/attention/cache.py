@@ -1,5 +1,8 @@
 """LESS at decode time: a cache whose bytes do not depend on how many tokens were seen.
 
+Here: what fits, layers, bytes. A layer's steps (attend, evict, absorb) are in layer.py; how a state
+takes up what left is its own `absorb`, for LESS in lesslib/states/low_rank.py.
+
 with less(model):
     model.generate(**inputs, past_key_values=LessCache(model, H2O(heavy=26, recent=26), kernels))
 """

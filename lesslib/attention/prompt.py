@@ -41,15 +41,9 @@ class Candidates:
         return cls(k, v, position, slots.score.new_zeros(B, Hkv, S))
 
     @classmethod
-    def of_slots(cls, slots: Slots, count: int | None = None) -> Self:
-        """What the slots hold, or the first `count` of them."""
-        held = slice(0, count)
-        return cls(
-            slots.keys[:, :, held],
-            slots.values[:, :, held],
-            slots.position[:, :, held],
-            slots.score[:, :, held],
-        )
+    def of_slots(cls, slots: Slots) -> Self:
+        """What the slots hold."""
+        return cls(slots.keys, slots.values, slots.position, slots.score)
 
     def followed_by(self, others: Candidates) -> Candidates:
         """These candidates and then the `others`."""

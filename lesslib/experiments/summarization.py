@@ -3,6 +3,12 @@
 The prompt is read with all of its tokens; then the cache is cut to its budget, and the summary is
 written from what is left. A record is of one model, by its role: "llama" stands for Llama 2 7B
 (Table 5), "wide" and "falcon" for Llama 2 13B and Falcon 7B (Table 4).
+
+The cells that decide a table: for every task and budget of the record, each row of LESS against
+Baseline+, by ROUGE-1 of the same texts. Points "<task>/<budget>/LESS (p%)" and
+"<task>/<budget>/Baseline+" are compared; "<task>/Full" tells whether the model is able to do the
+task at all, without which no verdict is given. "Baseline", "withheld" and the other ROUGEs decide
+nothing.
 """
 
 from __future__ import annotations

@@ -107,8 +107,10 @@ def fill(cache: LessCache, reader: LessCache) -> None:
             cache.layers[i] = copy.deepcopy(read)
             continue
         assert isinstance(read, LessLayer)
-        held = Candidates.of_slots(read.slots, n)
+        # All slots, as a token that came alone lies after those of a prompt; empty ones go first.
+        held = Candidates.of_slots(read.slots)
         layer.armed = True
         layer.update(held.keys, held.values)
+        layer.seen.copy_(read.seen)
         layer.slots.count.copy_(read.slots.count)
         layer.take(held, now=read.slots.count[:, None, None] - 1)

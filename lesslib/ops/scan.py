@@ -2,7 +2,7 @@
 device.
 
 From eviction times: a block of queries sees at most C old keys and its own, and the low-rank
-state is linear attention whose keys arrive when they are evicted.
+state is linear attention whose keys arrive in the state when they are evicted from the slots.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def sparse_attention(
 ) -> Part:
     """Softmax attention over the kept tokens and the current one.
 
-    q [B, Hq, S, D]; k, v [B, Hkv, S, D]; `evicted_at` [B, Hkv, S] of a policy with `budget` slots;
-    `real` [B, S]. Returns the output [B, Hq, S, Dv] and the log-sum-exp [B, Hq, S], both float32 or
+    q [B, Hq, S, D]; k [B, Hkv, S, D], v [B, Hkv, S, Dv]; `evicted_at` [B, Hkv, S] of a
+    policy with `budget` slots; `real` [B, S]. Returns the output [B, Hq, S, Dv] and the log-sum-exp [B, Hq, S], both float32 or
     wider. A padded query attends itself.
     """
     S = q.shape[2]

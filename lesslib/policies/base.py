@@ -21,7 +21,9 @@ class Policy:
 
     A policy `observe`s the probabilities of the newest query, which change the score of every
     slot, and gives each slot a `priority`; the slot with the lowest one leaves. The newest token
-    is attended on top of the budget C, then the cache is brought back to C.
+    is attended on top of the budget C, then the cache is brought back to C: so a query always sees
+    its own token, the newest competes on the same terms as all others, and nothing is shifted, as
+    the slot that the next token takes is the one that was freed.
 
     A new policy is a frozen dataclass under `@register_policy` that names its fields of slots in
     `counts` and overrides `observe` and `priority`. The other methods are for special cases.
@@ -113,7 +115,7 @@ class Policy:
         return score
 
     def victim(self, score: Tensor, position: Tensor, now: Tensor) -> Tensor:
-        """Index [B, Hkv] of the slot that leaves next, the first among equals.
+        """Index [B, Hkv] of the slot that leaves next, the first among equals (used by `simulate`).
 
         Never an empty one while another may go.
         """

@@ -508,6 +508,25 @@ def test_a_cache_that_is_filled_is_one_that_read_the_prompt(name, policy, models
     assert int(reader.get_seq_length()) == 20
 
 
+@pytest.mark.parametrize("sizes", [[1], [1, 1, 1], [12, 1, 1]], ids=str)
+def test_tokens_that_a_reader_took_one_by_one_are_filled_too(sizes, llama, ids):
+    """A token that comes alone takes another slot than the tokens of a prompt."""
+    kernels = kernels_of(llama)
+    policy = POLICIES[0]
+    n = sum(sizes)
+    reader = LessCache(llama, type(policy).from_budget(model_shape(llama)["context"]))
+    run(llama, reader, ids, sizes)
+    filled = LessCache(llama, policy, kernels)
+    fill(filled, reader)
+    by_steps = LessCache(llama, policy, kernels)
+    run(llama, by_steps, ids, [n])
+    assert int(filled.get_seq_length()) == n
+    with torch.no_grad(), less(llama):
+        after_filling = llama(ids[:, n:], past_key_values=filled).logits
+        after_reading = llama(ids[:, n:], past_key_values=by_steps).logits
+    close(after_filling, after_reading)
+
+
 def test_a_cache_is_filled_only_where_that_is_the_same_as_reading(llama, models, ids):
     whole = H2O.from_budget(S)
     reader, short, used = (
