@@ -68,6 +68,11 @@ class LessCache(Cache):
         # what they saw.
         self.running = False
 
+    @property
+    def kernels(self) -> ModelState | None:
+        """`state`, by its older name."""
+        return self.state
+
     def less_layers(self) -> list[LessLayer]:
         """The layers that are bounded by the policy."""
         return [layer for layer in self.layers if isinstance(layer, LessLayer)]

@@ -17,6 +17,7 @@ from lesslib.experiments.method import Method
 from lesslib.experiments.records import FULL, PLUS, groups
 from lesslib.hf import less
 from lesslib.profiles import get_profile
+from lesslib.reporting.results import load
 from lesslib.reporting.tables import table
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Comparison(ScoringExperiment):
 
     def __init__(self, name: str, methods: Iterable[Method], profile: str, seed: int) -> None:
         super().__init__(profile, seed)
+        check_name_is_free(name, self.profile.name)
         self.name = name
         self.methods = (Method.full(), *methods)
 
@@ -62,6 +64,17 @@ class Comparison(ScoringExperiment):
 
     def corpora(self) -> tuple[str, ...]:
         return self.profile.evaluation
+
+
+def check_name_is_free(name: str, profile: str) -> None:
+    """Raises ValueError where results/<profile>/<name>.json is of another kind of experiment."""
+    record = load(name, profile) or {"points": {}}
+    for entry in record["points"].values():
+        if "extra_tokens" not in entry["parameters"]:
+            raise ValueError(
+                f"{name!r} is the record of another experiment in the profile {profile}:"
+                " choose another name"
+            )
 
 
 def compare(

@@ -89,6 +89,10 @@ class Book:
         self.sources = experiment.sources()
         self.cache_keys: dict[str, str] = {}
         for point in self.points:
+            if point.key in self.cache_keys:
+                raise ValueError(
+                    f"{self.name}: two points are called {point.key!r}: leave one of them out"
+                )
             self.cache_keys[point.key] = cache_key(
                 point.parameters, self.seed, self.sources, experiment.version
             )

@@ -34,7 +34,7 @@ def runs_steps_in_one_kernel(rule: EvictionRule | None, q: Tensor, k: Tensor, v:
 
 
 def lowrank_part(phi: Tensor, psi: Tensor, v: Tensor) -> Part:
-    """`scan.lowrank_part`, by either form."""
+    """`scan.lowrank_attention` as a part, by either form."""
     if wants_triton(phi):
         return part_of_sums(*triton.lowrank_attention(phi, psi, v))
-    return scan.lowrank_part(phi, psi, v)
+    return part_of_sums(*scan.lowrank_attention(phi, psi, v))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lesslib.ops.blocks import block_keys, block_logits, gather_tokens
-from lesslib.ops.merge import Part, divisor_of
+from lesslib.ops.merge import Part
 
 # Queries that look up their kept keys together.
 CHUNK = 64
@@ -27,9 +27,9 @@ def sparse_attention(
 ) -> Part:
     """Softmax attention over the kept tokens and the current one.
 
-    q [B, Hq, S, D]; k [B, Hkv, S, D], v [B, Hkv, S, Dv]; `evicted_at` [B, Hkv, S] of a
-    policy with `budget` slots; `real` [B, S]. Returns the output [B, Hq, S, Dv] and the log-sum-exp [B, Hq, S], both float32 or
-    wider. A padded query attends itself.
+    q [B, Hq, S, D]; k [B, Hkv, S, D], v [B, Hkv, S, Dv]; `evicted_at` [B, Hkv, S] of a policy
+    with `budget` slots; `real` [B, S]. Returns the output [B, Hq, S, Dv] and the log-sum-exp [B,
+    Hq, S], both float32 or wider. A padded query attends itself.
     """
     S = q.shape[2]
     outputs = []
@@ -72,16 +72,6 @@ def lowrank_attention(phi: Tensor, psi: Tensor, v: Tensor) -> tuple[Tensor, Tens
     numerator [B, Hq, S, Dv] and the denominator [B, Hq, S].
     """
     return _numerator(phi, psi, v), _denominator(phi, psi)
-
-
-def lowrank_part(phi: Tensor, psi: Tensor, v: Tensor) -> Part:
-    """`lowrank_attention` as a part: the numerator over the denominator, and the denominator's log.
-
-    Where the denominator is 0 nothing was absorbed yet, and the part holds nothing.
-    """
-    divisor, logsumexp = divisor_of(_denominator(phi, psi))
-    # R features are divided, which is less work than Dv values.
-    return Part(_numerator(phi / divisor[..., None], psi, v), logsumexp)
 
 
 def _denominator(phi: Tensor, psi: Tensor) -> Tensor:

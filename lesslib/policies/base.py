@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -39,6 +39,17 @@ class Policy:
     # True where scores add up, so that a prompt's queries may be observed by the sum of their rows;
     # else the last row alone counts.
     sums_queries: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class with a step of its own inherits no shortcut that was made for another step."""
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "observe" not in own and "priority" not in own:
+            return
+        if "rule" not in own:
+            cls.rule = Policy.rule  # type: ignore[method-assign]
+        if "eviction_times" not in own:
+            cls.eviction_times = Policy.eviction_times  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         for field in self.counts:

@@ -11,17 +11,18 @@ AnyPolicy = TypeVar("AnyPolicy", bound=type[Policy])
 
 
 def register_policy(policy: AnyPolicy) -> AnyPolicy:
-    """Class decorator: from now on `get_policy(policy.name)` gives the class.
+    """Class decorator: from now on `get_policy(policy.name)` gives the class, in any case.
 
     Raises ValueError when another class has the name already.
     """
-    taken = POLICIES.get(policy.name)
+    name = policy.name.lower()
+    taken = POLICIES.get(name)
     if taken is not None and taken.__qualname__ != policy.__qualname__:
         raise ValueError(
             f"a policy called {policy.name!r} is registered already ({taken.__qualname__}):"
             " choose another name"
         )
-    POLICIES[policy.name] = policy
+    POLICIES[name] = policy
     return policy
 
 

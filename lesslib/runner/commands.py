@@ -57,6 +57,8 @@ def forget_computed(plan: Plan) -> None:
         plan.run_log.forget(plan.chosen)
     except ValueError as error:
         raise Refusal([str(error)]) from error
+    for notebook in plan.chosen:
+        plan.outcomes[notebook.name] = Outcome()
 
 
 def list_notebooks(plan: Plan) -> int:

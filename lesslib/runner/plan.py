@@ -57,7 +57,8 @@ def make_plan(options: Options, folder: Path) -> Plan:
     # of a profile or a limit that there is not
     except ValueError as error:
         raise Refusal([*problems, str(error)]) from error
-    if problems:
+    # JupyterLab is where a notebook is mended.
+    if problems and not options.lab:
         raise Refusal(problems)
     outcomes = {}
     for notebook in chosen:

@@ -38,6 +38,8 @@ class State(nn.Module):
     name: ClassVar[str]
     # True for the state that remembers nothing, whose part is left out of the merge.
     is_empty: ClassVar[bool] = False
+    # Set by the trainer of layers: while training, features may be computed in half precision.
+    trains_in_half: bool = False
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class State(nn.Module):
             now = slice(t, t + 1)
             self.absorb(memory, keys[:, :, now], values[:, :, now], has_arrived[:, :, now])
             part = self.read(memory, queries[:, :, now], scaling)
-            # A copy: a state may hand out a view of its memory, which changes with the next pair.
+            # Copies, in case a state hands out a view of its memory, which changes again.
             outputs.append(part.output.clone())
             sums.append(part.logsumexp.clone())
         return Part(torch.cat(outputs, 2), torch.cat(sums, 2))

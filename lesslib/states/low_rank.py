@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lesslib.ops import dispatch, triton
-from lesslib.ops.merge import Part, divisor_of
+from lesslib.ops.merge import Part, part_of_sums
 from lesslib.states.base import Memory, State
 from lesslib.states.registry import register_state
 from lesslib.util.hardware import autocast
@@ -35,6 +36,15 @@ class LowRank(State):
     def __init__(self, heads: int, kv_heads: int, head_dim: int, kernel_size: int) -> None:
         super().__init__(heads, kv_heads, head_dim)
         self.kernel_size = kernel_size
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class with features of its own inherits no GPU kernels that compute other ones."""
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "phi" in own and "fused_phi" not in own:
+            cls.fused_phi = LowRank.fused_phi  # type: ignore[method-assign]
+        if "psi" in own and "fused_psi" not in own:
+            cls.fused_psi = LowRank.fused_psi  # type: ignore[method-assign]
 
     def phi(self, q: Tensor) -> Tensor:
         """Features of queries: [B, Hq, S, D] -> [B, Hq, S, R], at least 0."""
@@ -83,10 +93,9 @@ class LowRank(State):
             return triton.read(self.fused_phi(queries), H, z)
         phi = over_batch(self.phi, queries).to(H.dtype)  # [B, Hq, S, R]
         phi = phi.unflatten(1, (H.shape[1], -1))  # [B, Hkv, G, S, R]
+        numerator = phi @ H[:, :, None]  # [B, Hkv, G, S, Dv]
         denominator = (phi @ z[:, :, None, :, None])[..., 0]  # [B, Hkv, G, S]
-        divisor, logsumexp = divisor_of(denominator)
-        output = (phi / divisor[..., None]) @ H[:, :, None]  # [B, Hkv, G, S, Dv]
-        return Part(output.flatten(1, 2), logsumexp.flatten(1, 2))
+        return part_of_sums(numerator.flatten(1, 2), denominator.flatten(1, 2))
 
     def over_arrivals(
         self,
@@ -99,7 +108,8 @@ class LowRank(State):
         """Linear attention over the pairs in order of arrival: a chunked scan, O(S R Dv)."""
         wide = torch.promote_types(queries.dtype, torch.float32)
         # Half-precision matmuls halve the largest tensors of a training step.
-        with autocast(queries.device) if self.training else contextlib.nullcontext():
+        in_half = self.training and self.trains_in_half
+        with autocast(queries.device) if in_half else contextlib.nullcontext():
             phi = self.phi(queries)
             psi = self.psi(keys)
         psi = psi.to(wide) * has_arrived[..., None]
@@ -166,7 +176,7 @@ class LayerKernels(LowRank):
     def psi(self, k: Tensor) -> Tensor:
         # u + (u W3) * s2 is one product, with |s1| and s2 on the rows and columns of an R x R
         # matrix.
-        identity = torch.eye(self.kernel_size).to(self.s2)
+        identity = torch.eye(self.kernel_size, dtype=self.s2.dtype, device=self.s2.device)
         mix = self.s1.abs().mT * (identity + self.psi_w3 * self.s2)
         return (self._mlp(k, self.psi_w1, self.psi_w2) @ mix).abs()
 

@@ -177,6 +177,7 @@ class LayerTrainer:
         Returns the mean training error over the sparse policy's.
         """
         losses = []
+        kernels.trains_in_half = True
         for rows in batches:
             error = self.error(self.output(kernels, rows), self.target(rows))
             loss = error / self.sparse_error["train"]

@@ -1,9 +1,10 @@
 """A policy and a state that users write in one file each get rows in a perplexity table."""
 
 import every_second
+import pytest
 import running_mean
 
-from lesslib.experiments import Method, compare, comparison_table
+from lesslib.experiments import Method, compare, comparison_table, tour
 from lesslib.profiles import get_profile
 
 POLICY = every_second.EverySecond.name
@@ -31,3 +32,14 @@ def test_a_policy_and_a_state_of_a_users_own_get_a_row():
     lines = comparison_table(record).data.splitlines()
     assert f"| {corpus} | {POLICY} 5% | {STATE} |" in "".join(lines)
     assert compare("own", methods, "smoke") == record
+
+
+def test_a_record_of_another_experiment_is_not_replaced():
+    tour.run("smoke")
+    with pytest.raises(ValueError, match=r"'tour' is the record of another experiment"):
+        compare("tour", [Method("h2o", 0.05)], "smoke")
+
+
+def test_two_rows_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"two points are called .*12%"):
+        compare("twice", [Method("h2o", 0.125), Method("h2o", 0.12)], "smoke")

@@ -267,3 +267,33 @@ def test_bad_input_gets_one_clear_error(make, says):
 
 def test_policies_are_found_by_name_in_any_case():
     assert [get_policy(n) for n in ("full", "H2O", "Lambda", "TOVA")] == [Full, H2O, Lambda, TOVA]
+
+
+def test_a_step_of_ones_own_inherits_no_shortcut(sequences):
+    class EveryFourth(Lambda):
+        def priority(self, score, position, now):
+            return super().priority(score, position, now).masked_fill(position % 4 == 0, 1e9)
+
+    class Unchanged(Lambda):
+        pass
+
+    s = sequences(S=40)
+    policy = EveryFourth(recent=6, sinks=1)
+    real = torch.ones(2, 40, dtype=torch.bool)
+    assert torch.equal(
+        simulate(policy, s.q, s.k), simulation.simulate_steps(policy, s.q, s.k, real, 0.4)
+    )
+    assert policy.rule() is None
+    assert Unchanged(recent=6).rule() == Lambda(recent=6).rule()
+
+
+def test_names_are_found_in_any_case(monkeypatch):
+    from lesslib.policies import POLICIES, register_policy
+
+    monkeypatch.setattr("lesslib.policies.registry.POLICIES", dict(POLICIES))
+
+    @register_policy
+    class Snap(TOVA):
+        name = "SnapKV"
+
+    assert get_policy("SnapKV") is get_policy("snapkv") is Snap

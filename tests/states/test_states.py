@@ -120,3 +120,31 @@ def test_a_token_that_never_leaves_never_arrives(sequences):
     state = learned(4, 2, 5)
     stays = torch.full(s.k.shape[:3], NEVER, dtype=torch.int32)
     assert (state.over_sequence(s.q, s.k, s.v, stays, 0.5).logsumexp == -torch.inf).all()
+
+
+def test_a_part_far_below_the_smallest_normal_number_stays_finite(sequences):
+    s = sequences(B=1, Hq=1, Hkv=1, S=6, D=16, Dv=4)
+    state = LayerPerformer(1, 1, 16, 8, torch.Generator().manual_seed(0))
+    keys = s.k.float()
+    keys = keys / keys.norm(dim=-1, keepdim=True) * torch.linspace(31, 40, 6)[:, None]
+    memory = state.empty(keys, s.v.float())
+    state.absorb(memory, keys, s.v.float(), torch.ones(1, 1, 6, dtype=torch.bool))
+    queries = s.q.float()
+    read = state.read(memory, queries, 0.25)
+    over = state.over_arrivals(
+        queries, keys, s.v.float(), torch.ones(1, 1, 6, dtype=torch.bool), 0.25
+    )
+    for part in (read, over):
+        assert part.output.isfinite().all()
+        assert not part.logsumexp.isnan().any()
+
+
+def test_features_of_ones_own_bring_no_kernels_of_the_base():
+    class Mine(LayerKernels):
+        def phi(self, q):
+            return super().phi(q) + 1
+
+    layer = Mine(2, 2, 5, kernel_size=3, hidden=7).eval()
+    q = torch.randn(1, 2, 4, 5)
+    assert torch.equal(layer.fused_phi(q), layer.phi(q))
+    assert Mine.fused_psi is LayerKernels.fused_psi
