@@ -92,9 +92,12 @@ def compare(
 def comparison_table(record: dict) -> Markdown:
     """The rows of `compare`."""
     lines = []
-    for key, entry in record["points"].items():
-        corpus, budget, label = key.split("/")
-        lines.append([corpus, budget, label, entry["token_ppl"], entry["word_ppl"]])
+    for entry in record["points"].values():
+        parameters = dict(entry["parameters"])
+        corpus = parameters.pop("corpus")
+        method = Method(**parameters)
+        budget = f"{method.policy} {method.budget}"
+        lines.append([corpus, budget, method.label, entry["token_ppl"], entry["word_ppl"]])
     return table(["corpus", "policy", "method", "token perplexity", "word perplexity"], lines)
 
 

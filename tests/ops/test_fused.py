@@ -12,7 +12,6 @@ import torch
 
 from lesslib.ops import dispatch, scan
 from lesslib.ops import triton as ours
-from lesslib.ops.merge import Part
 from lesslib.util.paths import ROOT
 
 SCRIPT = """
@@ -166,12 +165,14 @@ def test_the_kernels_are_used_where_they_are_asked_for_and_can_run(
 
 def test_the_scan_is_the_torch_form_unless_asked(monkeypatch):
     inputs = [torch.zeros(1)] * 3
-    sums = (torch.ones(1, 2), torch.full((1,), 2.0))
-    of_torch = Part(torch.zeros(1, 2), torch.zeros(1))
+    of_torch = (torch.zeros(1, 2), torch.full((1,), 3.0))
+    of_triton = (torch.ones(1, 2), torch.full((1,), 2.0))
     monkeypatch.delenv("LESS_TRITON", raising=False)
-    monkeypatch.setattr(scan, "lowrank_part", lambda *args: of_torch)
-    monkeypatch.setattr(ours, "lowrank_attention", lambda *args: sums)
-    assert dispatch.lowrank_part(*inputs) is of_torch
+    monkeypatch.setattr(scan, "lowrank_attention", lambda *args: of_torch)
+    monkeypatch.setattr(ours, "lowrank_attention", lambda *args: of_triton)
+    output, logsumexp = dispatch.lowrank_part(*inputs)
+    assert torch.equal(output, torch.zeros(1, 2))
+    assert torch.equal(logsumexp, torch.full((1,), 3.0).log())
     monkeypatch.setattr(dispatch, "wants_triton", lambda x: True)
     output, logsumexp = dispatch.lowrank_part(*inputs)
     assert torch.equal(output, torch.full((1, 2), 0.5))
