@@ -9,6 +9,7 @@ slot more; it is the one that the last eviction freed.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lesslib.attention.prompt import Candidates, column_sums, rows_of_block
 from lesslib.attention.whole_sequence import dense_attention
-from lesslib.ops import dispatch, triton
+from lesslib.ops import dispatch
 from lesslib.ops.blocks import BLOCK, gather_tokens
 from lesslib.ops.merge import Part, merge
 from lesslib.ops.slots import Slots
@@ -234,8 +235,9 @@ class LessLayer(CacheLayerMixin):
 
         Static shapes, no host synchronisation.
         """
-        if dispatch.wants_triton(k):
-            return self._fused_step(q, k, v, real, scaling)
+        kernels = dispatch.step_kernels(k)
+        if kernels is not None:
+            return self._fused_step(kernels, q, k, v, real, scaling)
         slots = self.slots
         B, Hkv = slots.position.shape[:2]
         now = slots.count[:, None, None].expand(B, Hkv, 1)
@@ -289,17 +291,25 @@ class LessLayer(CacheLayerMixin):
         return key, value, slots.position.gather(2, slots.free) >= 0
 
     def _fused_step(
-        self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float
+        self,
+        kernels: ModuleType,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        real: Tensor | None,
+        scaling: float,
     ) -> Tensor:
-        """`_step` in GPU kernels; a policy without a rule has its attention there alone."""
+        """`_step` in the `kernels` of ops.cpu or ops.triton; a policy whose rule they do not know
+        has its attention there alone.
+        """
         slots = self.slots
         parts = [] if self.state.is_empty else [self.state.read(self.memory, q, scaling)]
         rule = self.policy.rule()
-        if rule is not None:
-            done = triton.decode_step(rule, q, k, v, slots, parts, real, scaling)
+        if rule is not None and rule.name in kernels.STEP_RULES:
+            done = kernels.decode_step(rule, q, k, v, slots, parts, real, scaling)
             self._absorb(done.key, done.value, done.is_held)
             return done.output
-        attended = triton.attend_step(q, k, v, slots, parts, real, scaling)
+        attended = kernels.attend_step(q, k, v, slots, parts, real, scaling)
         now = slots.count[:, None, None].expand(*slots.position.shape[:2], 1)
         self._absorb(*self._evict(attended.probabilities, now))
         slots.position.scatter_(2, slots.free, -1)

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lesslib.ops import dispatch, triton
+from lesslib.ops import dispatch
 from lesslib.ops.blocks import BLOCK
 from lesslib.ops.slots import Slots
 from lesslib.policies import Policy
@@ -87,8 +87,9 @@ def column_sums(
     columns = prompt.score.new_zeros(B, Hkv, q.shape[1] // Hkv, S)
     if not policy.needs_probabilities:
         return columns
-    if policy.sums_queries and dispatch.wants_triton(q):
-        return triton.column_sums(q, prompt.keys, real, scaling)
+    kernels = dispatch.prompt_kernels(q)
+    if policy.sums_queries and kernels is not None:
+        return kernels.column_sums(q, prompt.keys, real, scaling)
     first = 0 if policy.sums_queries else S - 1
     for start in range(first, S, BLOCK):
         stop = min(start + BLOCK, S)

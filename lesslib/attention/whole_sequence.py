@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lesslib.ops import dispatch, triton
+from lesslib.ops import dispatch
 from lesslib.ops.blocks import gather_tokens
 from lesslib.ops.merge import Part, merge
 from lesslib.ops.scan import arrivals, sparse_attention
@@ -76,13 +76,13 @@ def evict(
         scaling = D**-0.5
     if real is None:
         real = torch.ones(B, S, dtype=torch.bool, device=k.device)
+    budget = S if policy.budget is None else policy.budget
     rule = policy.rule()
-    if rule is not None and dispatch.runs_steps_in_one_kernel(rule, q, k, v):
-        budget = policy.budget or S
-        times, part = triton.sequence_of_steps(rule, q, k, v, budget, real, scaling)
+    kernels = dispatch.sequence_kernels(rule, q, k, v)
+    if rule is not None and kernels is not None:
+        times, part = kernels.sequence_of_steps(rule, q, k, v, budget, real, scaling)
         return Evicted(times, *part)
     times = simulate(policy, q, k, real, scaling)
-    budget = S if policy.budget is None else policy.budget
     return Evicted(times, *sparse_attention(q, k, v, times, budget, real, scaling))
 
 

@@ -1,14 +1,20 @@
-"""Which form of an operation runs: torch's, or the GPU kernels of ops/triton where $LESS_TRITON=1
-asks.
+"""Which form of an operation runs: torch's, the CPU kernels of ops/cpu, or the GPU kernels of
+ops/triton.
 
-The kernels are not the default: they were compiled for GPUs and run in Triton's interpreter, not
-on a GPU yet. torch.compile makes kernels of its own from the torch forms, so a step that it
-traces keeps to those.
+On a CPU the kernels serve wherever Numba is installed. On a GPU torch's forms do, until
+$LESS_TRITON=1 asks for the kernels, which were compiled for GPUs and run in Triton's interpreter,
+not on a GPU yet. $LESS_OPS=torch, cpu or triton forces one form, and raises where it cannot serve.
+torch.compile makes kernels of its own from the torch forms, so a step that it traces keeps to those;
+so does whatever needs gradients.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+import warnings
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,24 +23,95 @@ from lesslib.ops import scan, triton
 from lesslib.ops.merge import Part, part_of_sums
 from lesslib.ops.rules import EvictionRule
 
-
-def wants_triton(x: Tensor) -> bool:
-    """Whether the GPU kernels are asked for, and take tensors like x."""
-    if torch.compiler.is_compiling() or os.environ.get("LESS_TRITON") != "1":
-        return False
-    return triton.available(x)
+FORMS = ("torch", "cpu", "triton")
 
 
-def runs_steps_in_one_kernel(rule: EvictionRule | None, q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether one kernel takes all steps of a sequence: for policies with a rule, without
-    gradients.
+@functools.cache
+def cpu_kernels() -> ModuleType:
+    """ops/cpu, imported when it is first needed: Numba takes half a second."""
+    return importlib.import_module("lesslib.ops.cpu")
+
+
+def forced_form() -> str | None:
+    """$LESS_OPS, or None. Raises ValueError for a form that there is not."""
+    form = os.environ.get("LESS_OPS") or None
+    if form is not None and form not in FORMS:
+        raise ValueError(f"LESS_OPS={form!r}: choose one of {', '.join(FORMS)}, or unset it")
+    return form
+
+
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """The kernels that run on tensors like x, ops.cpu or ops.triton; None: the torch forms.
+
+    Raises RuntimeError where $LESS_OPS names kernels that do not take x.
     """
-    needs_gradients = q.requires_grad or k.requires_grad or v.requires_grad
-    return rule is not None and not needs_gradients and wants_triton(q)
+    if torch.compiler.is_compiling():
+        return None
+    form = forced_form()
+    if form == "torch":
+        return None
+    wants_triton = form == "triton" or os.environ.get("LESS_TRITON") == "1"
+    if wants_triton and triton.available(x):
+        return triton
+    wants_cpu = form == "cpu" or (form is None and x.device.type == "cpu")
+    if wants_cpu and cpu_kernels().available(x):
+        return cpu_kernels()
+    if form is not None:
+        raise RuntimeError(
+            f"LESS_OPS={form} has no kernels for {x.dtype} on {x.device.type} here:"
+            " unset it, or see docs/gpu-and-cluster.md for what each form needs"
+        )
+    if wants_cpu:
+        warn_without_numba()
+    return None
+
+
+@functools.cache
+def warn_without_numba() -> None:
+    """Say once that the quick form is missing."""
+    if importlib.util.find_spec("numba") is None:
+        warnings.warn(
+            "Numba is not installed: using the slower torch forms (pip install numba)",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def step_kernels(x: Tensor) -> ModuleType | None:
+    """The kernels of a decode step: `decode_step`, `attend_step`, `read`, `absorb`, `phi`, `psi`."""
+    kernels = kernels_for(x)
+    # Not written yet for CPUs.
+    return kernels if kernels is triton else None
+
+
+def prompt_kernels(x: Tensor) -> ModuleType | None:
+    """The kernels of a prompt: `column_sums`."""
+    kernels = kernels_for(x)
+    # Not written yet for CPUs.
+    return kernels if kernels is triton else None
+
+
+def sequence_kernels(
+    rule: EvictionRule | None, q: Tensor, k: Tensor, v: Tensor
+) -> ModuleType | None:
+    """The kernels that take all steps of a sequence at once; None: the torch forms.
+
+    They serve policies with a rule, without gradients.
+    """
+    needs_gradients = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad
+    )
+    if rule is None or needs_gradients:
+        return None
+    kernels = kernels_for(q)
+    if kernels is None or rule.name not in kernels.SEQUENCE_RULES:
+        return None
+    return kernels
 
 
 def lowrank_part(phi: Tensor, psi: Tensor, v: Tensor) -> Part:
     """`scan.lowrank_attention` as a part, by either form."""
-    if wants_triton(phi):
+    kernels = kernels_for(phi)
+    if kernels is triton:
         return part_of_sums(*triton.lowrank_attention(phi, psi, v))
     return part_of_sums(*scan.lowrank_attention(phi, psi, v))

@@ -12,10 +12,12 @@ class EvictionRule(NamedTuple):
     ties.
 
     "h2o": the rank is the probability that a slot was given so far, summed over the query heads of
-    its key-value head. "lambda": the rank is the position.
+    its key-value head; "h2o on full rows": the same, of rows of dense attention. "lambda": the rank
+    is the position. "tova": the rank is the newest query's probability, averaged over all heads,
+    which hold the same tokens. Kernels say which of these they know.
     """
 
-    name: Literal["h2o", "lambda"]
+    name: Literal["h2o", "h2o on full rows", "lambda", "tova"]
     # so many of the newest tokens are protected
     recent: int
     # so many of the first tokens are protected

@@ -57,10 +57,9 @@ class H2O(Policy):
     def needs_full_rows(self) -> bool:
         return self.scores == "full"
 
-    def rule(self) -> EvictionRule | None:
-        if self.scores == "full":
-            return None
-        return EvictionRule("h2o", recent=self.recent, sinks=0)
+    def rule(self) -> EvictionRule:
+        name = "h2o on full rows" if self.scores == "full" else "h2o"
+        return EvictionRule(name, recent=self.recent, sinks=0)
 
     def eviction_times(self, q: Tensor, k: Tensor, is_real: Tensor, scaling: float) -> Tensor:
         if self.scores == "cache":

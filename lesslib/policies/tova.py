@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lesslib.ops.rules import EvictionRule
 from lesslib.policies.base import Policy
 from lesslib.policies.registry import register_policy
 
@@ -23,6 +24,9 @@ class TOVA(Policy):
     tokens: int
     name: ClassVar[str] = "tova"
     counts: ClassVar[tuple[str, ...]] = ("tokens",)
+
+    def rule(self) -> EvictionRule:
+        return EvictionRule("tova", recent=0, sinks=0)
 
     def observe(self, score: Tensor, probabilities: Tensor) -> Tensor:
         return probabilities.mean((1, 2))[:, None].expand_as(score)

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lesslib.ops import dispatch, triton
+from lesslib.ops import dispatch
 from lesslib.ops.merge import Part, part_of_sums
 from lesslib.states.base import Memory, State
 from lesslib.states.registry import register_state
@@ -38,7 +39,7 @@ class LowRank(State):
         self.kernel_size = kernel_size
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A class with features of its own inherits no GPU kernels that compute other ones."""
+        """A class with features of its own inherits no kernels that compute other ones."""
         super().__init_subclass__(**kwargs)
         own = vars(cls)
         if "phi" in own and "fused_phi" not in own:
@@ -54,13 +55,17 @@ class LowRank(State):
         """Features of keys: [B, Hkv, S, D] -> [B, Hkv, S, R], at least 0."""
         raise NotImplementedError
 
-    def fused_phi(self, q: Tensor) -> Tensor:
-        """`phi` in float32, by GPU kernels where the subclass has them."""
-        return self.phi(q).float()
+    def fused_phi(self, kernels: ModuleType, q: Tensor) -> Tensor:
+        """`phi` in float32 or wider, by `kernels` of ops.cpu or ops.triton where the subclass has
+        them.
+        """
+        return over_batch(self.phi, q).to(torch.promote_types(q.dtype, torch.float32))
 
-    def fused_psi(self, k: Tensor) -> Tensor:
-        """`psi` in float32, by GPU kernels where the subclass has them."""
-        return self.psi(k).float()
+    def fused_psi(self, kernels: ModuleType, k: Tensor) -> Tensor:
+        """`psi` in float32 or wider, by `kernels` of ops.cpu or ops.triton where the subclass has
+        them.
+        """
+        return over_batch(self.psi, k).to(torch.promote_types(k.dtype, torch.float32))
 
     def numbers(self, head_dim: int, value_dim: int) -> int:
         return self.kernel_size * (value_dim + 1)
@@ -78,8 +83,9 @@ class LowRank(State):
         """H += psi(k)^T v and z += psi(k) (paper, eqs 4-5)."""
         H = memory["H"]
         z = memory["z"]
-        if dispatch.wants_triton(keys):
-            triton.absorb(H, z, self.fused_psi(keys), values, is_held)
+        kernels = dispatch.step_kernels(keys)
+        if kernels is not None:
+            kernels.absorb(H, z, self.fused_psi(kernels, keys), values, is_held)
             return
         psi = over_batch(self.psi, keys).to(H.dtype) * is_held[..., None]  # [B, Hkv, n, R]
         H.add_(psi.mT @ values.to(H.dtype))
@@ -89,8 +95,9 @@ class LowRank(State):
         """phi(q) H / phi(q) z and log phi(q) z: the low-rank part of the paper's eq. 3."""
         H = memory["H"]
         z = memory["z"]
-        if dispatch.wants_triton(queries):
-            return triton.read(self.fused_phi(queries), H, z)
+        kernels = dispatch.step_kernels(queries)
+        if kernels is not None:
+            return kernels.read(self.fused_phi(kernels, queries), H, z)
         phi = over_batch(self.phi, queries).to(H.dtype)  # [B, Hq, S, R]
         phi = phi.unflatten(1, (H.shape[1], -1))  # [B, Hkv, G, S, R]
         numerator = phi @ H[:, :, None]  # [B, Hkv, G, S, Dv]
@@ -180,11 +187,11 @@ class LayerKernels(LowRank):
         mix = self.s1.abs().mT * (identity + self.psi_w3 * self.s2)
         return (self._mlp(k, self.psi_w1, self.psi_w2) @ mix).abs()
 
-    def fused_phi(self, q: Tensor) -> Tensor:
-        return triton.phi(q, self.phi_w1, self.phi_w2)
+    def fused_phi(self, kernels: ModuleType, q: Tensor) -> Tensor:
+        return kernels.phi(q, self.phi_w1, self.phi_w2)
 
-    def fused_psi(self, k: Tensor) -> Tensor:
-        return triton.psi(k, self.psi_w1, self.psi_w2, self.psi_w3, self.s1, self.s2)
+    def fused_psi(self, kernels: ModuleType, k: Tensor) -> Tensor:
+        return kernels.psi(k, self.psi_w1, self.psi_w2, self.psi_w3, self.s1, self.s2)
 
     def _mlp(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         """gelu(gelu(x W1) W2), [B, H, S, R], in the weights' dtype: in the layout that is

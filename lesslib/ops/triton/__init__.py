@@ -13,9 +13,16 @@ from lesslib.ops.triton.low_rank import absorb, read
 from lesslib.ops.triton.prompt import column_sums, row_logsumexp
 from lesslib.ops.triton.scan import lowrank_attention, lowrank_attention_by_position
 from lesslib.ops.triton.sequence import sequence_of_steps
+from lesslib.ops.triton.steps import RULES
+
+# The rules that `decode_step` and `sequence_of_steps` know.
+STEP_RULES = RULES
+SEQUENCE_RULES = RULES
 
 __all__ = [
     "INTERPRETED",
+    "SEQUENCE_RULES",
+    "STEP_RULES",
     "AttendResult",
     "StepResult",
     "absorb",

@@ -23,6 +23,8 @@ from lesslib.ops.triton.common import (
     tl,
 )
 
+# The rules that a step knows.
+RULES = frozenset({"h2o", "lambda"})
 # A position after all others.
 NO_POSITION = constant(NEVER)
 # Where a running maximum starts; -inf would make NaN of the difference of two.
