@@ -18,6 +18,10 @@ LOG2_E = np.float32(1.44269504)
 LN2_HIGH = np.float32(0.693359375)
 LN2_LOW = np.float32(-2.12194440e-4)
 ONE = np.float32(1.0)
+# below it e^x is not a normal number of float32
+LOWEST = np.float32(-88.0)
+# the bias of the exponent in float32's bits, and a half to round
+HALF_ABOVE_BIAS = np.float32(127.5)
 
 
 def exponential(x: Any) -> Any:
@@ -40,9 +44,10 @@ def widened(x: Any) -> Any:
 
 @jit
 def float32_exponential(x):
-    # 2^n e^r with r = x - n ln 2 within half of ln 2; NaN stays NaN through r
-    shifted = x * LOG2_E + np.float32(127.5)
-    n = np.int32(max(shifted, np.float32(0.0)))
+    # Written so that NaN stays NaN.
+    x = LOWEST if x < LOWEST else x
+    # 2^n e^r, with n counted from -127 and r = x - n ln 2 within half of ln 2.
+    n = np.int32(x * LOG2_E + HALF_ABOVE_BIAS)
     whole = np.float32(n - 127)
     r = x - whole * LN2_HIGH
     r = r - whole * LN2_LOW
