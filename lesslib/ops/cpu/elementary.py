@@ -60,7 +60,22 @@ def float32_exponential(x):
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + ONE
     # n = 0 has the bits of zero
-    return p * float32_of_bits(n << 23)
+    return p * float32_of_bits(np.int32(n << 23))
+
+
+@jit
+def float64_exponential(x):
+    return math.exp(x)
+
+
+@jit
+def float32_zero(x):
+    return np.float32(0)
+
+
+@jit
+def float64_zero(x):
+    return np.float64(0)
 
 
 if numba is not None:
@@ -72,19 +87,19 @@ if numba is not None:
         """The float32 whose bits an int32 holds."""
 
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            bits = context.cast(builder, arguments[0], signature.args[0], types.int32)
-            return builder.bitcast(bits, context.get_value_type(types.float32))
+            return builder.bitcast(arguments[0], context.get_value_type(types.float32))
 
-        return types.float32(bits), code
+        return types.float32(types.int32), code
 
+    # What numba compiles where one of the functions above is called.
     @overload(exponential)
-    def exponential_of_type(x: Any) -> Any:
+    def exponential_by_type(x):
         if x == types.float32:
             return lambda x: float32_exponential(x)
-        return lambda x: math.exp(x)
+        return lambda x: float64_exponential(x)
 
     @overload(zero_like)
-    def zero_of_type(x: Any) -> Any:
+    def zero_by_type(x):
         if x == types.float32:
-            return lambda x: np.float32(0)
-        return lambda x: np.float64(0)
+            return lambda x: float32_zero(x)
+        return lambda x: float64_zero(x)

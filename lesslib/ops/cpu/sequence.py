@@ -205,7 +205,7 @@ def sequence_of_steps(
     )
     times = torch.full((B, Hkv, S), NEVER, dtype=torch.int32)
     # [B, Hkv, G, S, D], [B, Hkv, S, D], [B, Hkv, S, Dv]
-    queries = (q.detach() * scaling).to(wide).unflatten(1, (Hkv, -1)).contiguous()
+    queries = (q.detach().to(wide) * scaling).unflatten(1, (Hkv, -1)).contiguous()
     keys = k.detach().to(wide).contiguous()
     values = v.detach().to(wide).contiguous()
     if rule.name == "tova":
