@@ -16,6 +16,7 @@ from lesslib.runner.execute import (
     verdicts_of,
     write_back,
 )
+from lesslib.runner.kernels import OF_NOTEBOOKS, OF_TESTS, prepare_kernels
 from lesslib.runner.notebook import Notebook
 from lesslib.runner.plan import Plan, Refusal
 from lesslib.runner.progress_line import watching
@@ -38,6 +39,7 @@ def run_tests(folder: Path, further: list[str]) -> int:
     command += [*NBVAL, *PROCESSES, *further]
     with tempfile.TemporaryDirectory() as results:
         variables = environment("smoke", LESS_RESULTS=results)
+        prepare_kernels(OF_TESTS, variables)
         return subprocess.call(command, cwd=ROOT, env=variables)
 
 
@@ -117,6 +119,8 @@ def run_all(plan: Plan) -> None:
     # Kernels inherit the environment of this process.
     os.environ.clear()
     os.environ.update(variables)
+    if plan.todo and not plan.options.from_results:
+        prepare_kernels(OF_NOTEBOOKS, variables)
     for place, notebook in enumerate(plan.todo, 1):
         head = f"[{place}/{len(plan.todo)}] {notebook.number} {notebook.title}"
         outcome = run_one(plan, notebook, head)

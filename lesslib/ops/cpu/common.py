@@ -3,25 +3,22 @@
 A kernel is compiled for one thread, runs without the GIL, and takes the first and the last of the
 rows that it works on; `over_rows` shares the rows out. Threads are ours, not Numba's: of its own
 pools one aborts a process that has forked, another one that calls kernels from two threads.
-Compiled code is kept on disk, in a folder named after the sources of this package: Numba's own
-check sees only the file of a kernel, not those of what it calls.
+Compiled code is kept on disk; see `kernel_cache`.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import itertools
 import os
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lesslib.ops.kernel_cache import cache_folder
 
 try:
     import numba
@@ -36,23 +33,6 @@ DTYPES = (torch.float32, torch.float64, *BITS)
 
 
 # ---------------------------------------------------------------- compiling
-@functools.cache
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: the user's cache folder, or a temporary one."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "lesslib" / f"cpu-kernels-{digest.hexdigest()[:12]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        pass
-    if os.access(folder, os.W_OK):
-        return folder
-    return Path(tempfile.mkdtemp(prefix="lesslib-"))
-
-
 def jit(function: Callable) -> Any:
     """A kernel, or a function that kernels are made of: compiled at its first call, once a
     machine. Without Numba the function itself, which nobody calls.
