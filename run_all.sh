@@ -13,7 +13,7 @@ makes_venvs='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 has_packages='
 import sys
 from importlib.util import find_spec
-names = "torch", "transformers", "papermill", "nbval", "jupyterlab"
+names = "torch", "transformers", "numba", "papermill", "nbval", "jupyterlab"
 sys.exit(any(find_spec(name) is None for name in names))'
 
 fail() {

@@ -25,8 +25,9 @@ from lesslib.util.paths import ROOT
 from lesslib.util.progress import minutes
 
 NBVAL = ["--nbval-lax", "--nbval-current-env"]
-# by file: the cells of a notebook in order
-PROCESSES = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+# By file, for the cells of a notebook have an order; tests/conftest.py has the longest files begin
+# first.
+PROCESSES = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
 PROGRESS = ".progress.json"
 # what a shell says of a program that Ctrl-C ended
 INTERRUPTED = 130

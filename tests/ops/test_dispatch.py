@@ -43,6 +43,7 @@ def with_triton(monkeypatch):
 def without_numba(monkeypatch):
     """A machine without Numba; afterwards the package is as it was."""
     monkeypatch.setitem(sys.modules, "numba", None)
+    # a second copy of the package is imported
     monkeypatch.setattr(lesslib.ops, "cpu", None, raising=False)
     for name in list(sys.modules):
         if name.startswith("lesslib.ops.cpu"):
@@ -51,6 +52,9 @@ def without_numba(monkeypatch):
     for memory in memories:
         memory.cache_clear()
     yield
+    for name in list(sys.modules):
+        if name.startswith("lesslib.ops.cpu"):
+            del sys.modules[name]
     for memory in memories:
         memory.cache_clear()
 

@@ -1,6 +1,4 @@
-"""$LESS_TRITON=1 puts the GPU kernels in the places of the torch forms, and changes no number
-beyond rounding.
-"""
+"""The GPU kernels in the places of the torch forms change no number beyond rounding."""
 
 import os
 import subprocess
@@ -61,8 +59,8 @@ SCRIPT = """
 
     def by_both_forms(function, *args):
         results = []
-        for asked in "01":
-            os.environ["LESS_TRITON"] = asked
+        for form in ("torch", "triton"):
+            os.environ["LESS_OPS"] = form
             calls.clear()
             results.append(function(*args))
         return results
@@ -121,7 +119,7 @@ SCRIPT = """
     def curve():
         recipe = Recipe(kernel_size=4, hidden=8, epochs=1, dropout=0.0)
         windows = torch.randint(64, (4, 40), generator=torch.Generator().manual_seed(1))
-        path = Path(os.environ["OUT"]) / f"{os.environ['LESS_TRITON']}.safetensors"
+        path = Path(os.environ["OUT"]) / f"{os.environ['LESS_OPS']}.safetensors"
         _, curves = train(model, H2O(3, 3), windows, recipe, path, {}, validation=1)
         return torch.tensor([loss for c in curves.values() for loss in c["validation"]])
 
@@ -155,25 +153,26 @@ def test_decoding_prompts_and_training_are_the_same_with_the_kernels(tmp_path):
 def test_the_kernels_are_used_where_they_are_asked_for_and_can_run(
     asked, can, is_traced, wanted, monkeypatch
 ):
+    monkeypatch.delenv("LESS_OPS", raising=False)
     monkeypatch.delenv("LESS_TRITON", raising=False)
     if asked is not None:
         monkeypatch.setenv("LESS_TRITON", asked)
     monkeypatch.setattr(ours, "available", lambda x: can)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_traced)
-    assert dispatch.wants_triton(torch.zeros(2)) is wanted
+    assert (dispatch.kernels_for(torch.zeros(2)) is ours) is wanted
 
 
 def test_the_scan_is_the_torch_form_unless_asked(monkeypatch):
     inputs = [torch.zeros(1)] * 3
     of_torch = (torch.zeros(1, 2), torch.full((1,), 3.0))
     of_triton = (torch.ones(1, 2), torch.full((1,), 2.0))
-    monkeypatch.delenv("LESS_TRITON", raising=False)
+    monkeypatch.setenv("LESS_OPS", "torch")
     monkeypatch.setattr(scan, "lowrank_attention", lambda *args: of_torch)
     monkeypatch.setattr(ours, "lowrank_attention", lambda *args: of_triton)
     output, logsumexp = dispatch.lowrank_part(*inputs)
     assert torch.equal(output, torch.zeros(1, 2))
     assert torch.equal(logsumexp, torch.full((1,), 3.0).log())
-    monkeypatch.setattr(dispatch, "wants_triton", lambda x: True)
+    monkeypatch.setattr(dispatch, "kernels_for", lambda x: ours)
     output, logsumexp = dispatch.lowrank_part(*inputs)
     assert torch.equal(output, torch.full((1, 2), 0.5))
     assert torch.equal(logsumexp, torch.full((1,), 2.0).log())

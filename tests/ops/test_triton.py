@@ -221,7 +221,7 @@ def step(layer, q, k, v, is_real, scaling):
     w = layer.kernels
     rule = layer.policy.rule()
     parts = [] if w is None else [read(phi(q, w.phi_w1, w.phi_w2), layer.H, layer.z)]
-    if rule is None:
+    if rule is None or rule.name not in ours.STEP_RULES:
         now = slots.count[:, None, None].expand_as(slots.free).clone()
         out, probabilities = attend_step(q, k, v, slots, parts, is_real, scaling)
         key, value, is_held = layer.evict(probabilities, now)
@@ -735,9 +735,9 @@ def test_a_sequence_takes_the_kernel_where_it_is_asked_for(device, draw, monkeyp
     k = draw(1, 1, 100, 32)
     v = draw(1, 1, 100, 32)
     for policy in (H2O(heavy=40, recent=38), Lambda(recent=70, sinks=4)):
-        monkeypatch.setenv("LESS_TRITON", "0")
+        monkeypatch.setenv("LESS_OPS", "torch")
         want = whole_sequence.evict(policy, q.double(), k.double(), v.double())
-        monkeypatch.setenv("LESS_TRITON", "1")
+        monkeypatch.setenv("LESS_OPS", "triton")
         with monkeypatch.context() as patched:
             refuse_the_torch_form(patched)
             got = whole_sequence.evict(policy, q, k, v)
@@ -774,20 +774,20 @@ def test_policies_that_one_head_of_a_bounded_cache_cannot_decide_keep_the_torch_
     k = draw(1, 1, 9, 32)
     v = draw(1, 1, 9, 32)
     rule = H2O(heavy=2, recent=2).rule()
-    assert dispatch.runs_steps_in_one_kernel(rule, q, k, v)
+    assert dispatch.sequence_kernels(rule, q, k, v) is ours
     for policy in (TOVA(4), H2O(2, 2, scores="full"), Full()):
-        assert not dispatch.runs_steps_in_one_kernel(policy.rule(), q, k, v)
-    assert not dispatch.runs_steps_in_one_kernel(rule, q.double(), k.double(), v.double())
+        assert dispatch.sequence_kernels(policy.rule(), q, k, v) is None
+    assert dispatch.sequence_kernels(rule, q.double(), k.double(), v.double()) is not ours
     for wanted in range(3):
         qkv = [q, k, v]
         qkv[wanted] = qkv[wanted].clone().requires_grad_()
-        assert not dispatch.runs_steps_in_one_kernel(rule, *qkv)
+        assert dispatch.sequence_kernels(rule, *qkv) is None
     monkeypatch.delenv("LESS_TRITON")
-    assert not dispatch.runs_steps_in_one_kernel(rule, q, k, v)
+    assert dispatch.sequence_kernels(rule, q, k, v) is not ours
 
 
 @pytest.mark.parametrize("policy", [TOVA(4), H2O(heavy=2, recent=2, scores="full")], ids=str)
-def test_a_sequence_of_a_policy_without_a_rule_is_that_of_torch(policy, device, draw, monkeypatch):
+def test_a_sequence_of_a_rule_that_the_kernel_lacks_is_that_of_torch(policy, device, draw, monkeypatch):
     q = draw(1, 2, 9, 32)
     k = draw(1, 1, 9, 32)
     v = draw(1, 1, 9, 32)

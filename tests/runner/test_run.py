@@ -18,7 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from lesslib import data, profiles
-from lesslib.runner import commands, progress_line
+from lesslib.runner import commands, kernels, progress_line
 from lesslib.runner import main as runner
 from lesslib.runner.notebook import Notebook
 from lesslib.runner.run_log import Outcome, RunLog
@@ -45,6 +45,7 @@ def home(tmp_path, monkeypatch):
     os.environ["LESS_RESULTS"] = str(tmp_path / "results")
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(commands, "prepare_kernels", lambda *arguments: None)
     yield tmp_path
     os.environ.clear()
     os.environ.update(before)
@@ -513,12 +514,73 @@ def test_test_hands_over_to_pytest_under_smoke_with_results_elsewhere(home, monk
         "4",
         "--dist",
         "loadfile",
+        "--no-loadscope-reorder",
     ]
     assert pytest_command[4:] == [str(runner.NOTEBOOKS / "00_one.ipynb"), *how, "-k", "policies"]
     assert (env["LESS_PROFILE"], env.get("LESS_FROM_RESULTS")) == ("smoke", None)
     assert env["LESS_RESULTS"] != os.environ["LESS_RESULTS"]
     assert lab_command[1:4] == ["-m", "jupyterlab", str(runner.NOTEBOOKS)]
     assert (lab_command[-1], lab_env["LESS_PROFILE"]) == ("--no-browser", "wild")
+
+
+def test_kernels_are_compiled_before_notebooks_that_compute_and_before_tests(home, monkeypatch):
+    events = []
+
+    def prepare(dtypes, variables):
+        events.append(dtypes)
+        assert variables["PYTHONPATH"].startswith(str(ROOT))
+
+    def executed(notebook, out, parameters):
+        events.append(notebook.number)
+        write_json(out, {})
+        return nbformat.v4.new_notebook()
+
+    monkeypatch.setattr(commands, "prepare_kernels", prepare)
+    monkeypatch.setattr(commands, "execute", executed)
+    monkeypatch.setattr(subprocess, "call", lambda *args, **kwargs: events.append("pytest"))
+    write(home, "00_one")
+    write(home, "01_two")
+    assert main() == 0
+    # up to date; only listed; only drawn
+    assert main() == 0
+    assert main("--list") == 0
+    write_json(home / "results/smoke/squares.json", {"points": {}})
+    assert main("--from-results", "--only", "01") == 0
+    runner.main(["--test"])
+    assert events == [
+        kernels.OF_NOTEBOOKS,
+        "00",
+        "01",
+        "01",
+        kernels.OF_TESTS,
+        "pytest",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "has_numba", "is_complete", "compiles"),
+    [
+        (None, True, False, True),
+        ("cpu", True, False, True),
+        (None, True, True, False),
+        (None, False, False, False),
+        ("torch", True, False, False),
+        ("triton", True, False, False),
+    ],
+)
+def test_kernels_are_compiled_in_a_process_of_its_own_unless_they_are(
+    form, has_numba, is_complete, compiles, monkeypatch
+):
+    commands_run = []
+    monkeypatch.setattr(kernels.kernel_cache, "has_numba", lambda: has_numba)
+    monkeypatch.setattr(kernels.kernel_cache, "is_complete", lambda dtypes: is_complete)
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: commands_run.append(words))
+    monkeypatch.delenv("LESS_OPS", raising=False)
+    if form is not None:
+        monkeypatch.setenv("LESS_OPS", form)
+    kernels.prepare_kernels(("float32", "float64"), {})
+    expected = [[sys.executable, "-m", "lesslib.ops.cpu", "float32", "float64"]]
+    assert commands_run == (expected if compiles else [])
 
 
 # ---------------------------------------------------------------- run_all.sh, list of packages
