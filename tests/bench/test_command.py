@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lesslib.bench import command
+from lesslib.bench import command, training
 from lesslib.bench.scoring import ScoringCase, scoring
 from lesslib.bench.timing import PRELOADED, fresh_process
 
@@ -68,3 +68,10 @@ def test_compiled_steps_are_timed_after_eager_ones_at_one_context_and_without_fu
         (True, "bfloat16", (1024,)),
     ]
     assert cases[1].methods == ("Baseline", "Baseline+", "LESS")
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [([3.0, 1.0, 2.0], 1.0), ([5.0], 5.0)])
+def test_the_fastest_epoch_counts_and_a_long_one_is_not_repeated(epochs, expected):
+    left = iter(epochs)
+    assert training.fastest(lambda: next(left)) == expected
+    assert list(left) == []

@@ -10,13 +10,11 @@ import textwrap
 import pytest
 import torch
 
-from lesslib.ops import kernel_cache
+from lesslib.ops import cpu, kernel_cache
+from lesslib.ops.cpu import prepare
 from lesslib.util.paths import ROOT
 
 pytest.importorskip("numba", reason="numba is not installed")
-
-from lesslib.ops import cpu
-from lesslib.ops.cpu import prepare
 
 
 @pytest.fixture
