@@ -50,7 +50,7 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     form = forced_form()
     if form == "torch":
         return None
-    wants_triton = form == "triton" or os.environ.get("LESS_TRITON") == "1"
+    wants_triton = form == "triton" or (form is None and os.environ.get("LESS_TRITON") == "1")
     if wants_triton and triton.available(x):
         return triton
     wants_cpu = form == "cpu" or (form is None and x.device.type == "cpu")
