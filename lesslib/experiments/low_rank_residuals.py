@@ -21,6 +21,7 @@ from lesslib.experiments.loaded import model_of, windows_of
 from lesslib.experiments.statistics import nats_apart
 from lesslib.hf import replace_attention
 from lesslib.models import model_shape
+from lesslib.ops.blocks import BLOCK
 from lesslib.policies import budget_of
 from lesslib.reporting import plots
 
@@ -50,13 +51,19 @@ def topk_outputs(
     S = q.shape[2]
     k = k.repeat_interleave(groups, 1)
     v = v.repeat_interleave(groups, 1)
-    is_future = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
-    # [B, Hq, S, S]
-    logits = (q @ k.transpose(-1, -2) * scaling).masked_fill_(is_future, -torch.inf)
-    largest = logits.topk(min(count, S), -1, sorted=False).values
-    threshold = largest.amin(-1, keepdim=True)
-    full = logits.softmax(-1) @ v
-    sparse = logits.masked_fill_(logits < threshold, -torch.inf).softmax(-1) @ v
+    full = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+    sparse = torch.empty_like(full)
+    # Queries in blocks, each with the keys up to its last: half of all logits are never needed.
+    for start in range(0, S, BLOCK):
+        stop = min(start + BLOCK, S)
+        is_future = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device)
+        is_future = is_future.triu(start + 1)
+        logits = q[:, :, start:stop] @ k[:, :, :stop].mT * scaling  # [B, Hq, block, stop]
+        logits.masked_fill_(is_future, -torch.inf)
+        full[:, :, start:stop] = logits.softmax(-1) @ v[:, :, :stop]
+        largest = logits.topk(min(count, stop), -1, sorted=False).values
+        logits.masked_fill_(logits < largest.amin(-1, keepdim=True), -torch.inf)
+        sparse[:, :, start:stop] = logits.softmax(-1) @ v[:, :, :stop]
     return full, sparse
 
 
