@@ -1,11 +1,10 @@
-"""CPU kernels are compiled once a machine, before they are needed, for what models call them with."""
+"""CPU kernels are compiled once a machine, beforehand, for what models call them with."""
 
 import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
-
 
 import pytest
 import torch

@@ -787,7 +787,9 @@ def test_policies_that_one_head_of_a_bounded_cache_cannot_decide_keep_the_torch_
 
 
 @pytest.mark.parametrize("policy", [TOVA(4), H2O(heavy=2, recent=2, scores="full")], ids=str)
-def test_a_sequence_of_a_rule_that_the_kernel_lacks_is_that_of_torch(policy, device, draw, monkeypatch):
+def test_a_sequence_of_a_rule_that_the_kernel_lacks_is_that_of_torch(
+    policy, device, draw, monkeypatch
+):
     q = draw(1, 2, 9, 32)
     k = draw(1, 1, 9, 32)
     v = draw(1, 1, 9, 32)

@@ -46,9 +46,9 @@ def examples(dtype: torch.dtype) -> Iterator[Example]:
 
 
 def prepare(dtypes: tuple[str, ...] = DTYPES) -> None:
-    """Compile what models in `dtypes` use, unless that was done; one process of a machine at a time.
+    """Compile what models in `dtypes` use, unless that was done, and say how far it is.
 
-    Says how far it is: it takes a minute or so.
+    Of the processes of a machine, one does so, and the others wait.
     """
     if kernel_cache.is_complete(dtypes):
         return
