@@ -80,7 +80,7 @@ def test_lessons_say_no_word_that_is_held_out():
     said = "\n".join(lessons(60, seed=0))
     for kind in ("names", "places", "trades", "things"):
         both = every(kind, False) | every(kind, True)
-        met = {word for word in both if re.search(rf"\b{word}\b", said)}
+        met = {word for word in both if says(said, word)}
         assert met
         assert not met & every(kind, True)
 
@@ -138,8 +138,11 @@ def is_true(question, told, heldout):
     return any(says_all(sentence, (value, *names)) for sentence in told)
 
 
-def says(sentence, word):
-    return re.search(rf"\b{word}\b", sentence)
+def says(text, word):
+    """Whether the word stands in the text by itself."""
+    # Where it stands at all: `find` is a hundred times as fast as an expression.
+    begin = text.find(word)
+    return begin >= 0 and re.compile(rf"\b{word}\b").search(text, begin) is not None
 
 
 def says_all(sentence, words_said):
