@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+RuleName = Literal["h2o", "h2o on full rows", "lambda", "tova"]
+
 
 class EvictionRule(NamedTuple):
     """Of the slots that may leave, the one with the lowest rank does; the lowest position breaks
@@ -17,7 +19,7 @@ class EvictionRule(NamedTuple):
     which hold the same tokens. Kernels say which of these they know.
     """
 
-    name: Literal["h2o", "h2o on full rows", "lambda", "tova"]
+    name: RuleName
     # so many of the newest tokens are protected
     recent: int
     # so many of the first tokens are protected

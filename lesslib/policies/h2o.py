@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from lesslib.ops.blocks import dense_logsumexp
-from lesslib.ops.rules import EvictionRule
+from lesslib.ops.rules import EvictionRule, RuleName
 from lesslib.policies.base import Policy
 from lesslib.policies.registry import register_policy
 from lesslib.policies.simulation import simulate_steps
@@ -58,7 +58,7 @@ class H2O(Policy):
         return self.scores == "full"
 
     def rule(self) -> EvictionRule:
-        name = "h2o on full rows" if self.scores == "full" else "h2o"
+        name: RuleName = "h2o on full rows" if self.scores == "full" else "h2o"
         return EvictionRule(name, recent=self.recent, sinks=0)
 
     def eviction_times(self, q: Tensor, k: Tensor, is_real: Tensor, scaling: float) -> Tensor:

@@ -10,14 +10,14 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from lesslib.ops import kernel_cache
 from lesslib.ops.cpu.sequence import SEQUENCE_RULES, sequence_of_steps
-from lesslib.ops.rules import EvictionRule
+from lesslib.ops.rules import EvictionRule, RuleName
 from lesslib.util.progress import minutes
 
 # What models are loaded in on a CPU.
@@ -41,7 +41,7 @@ def examples(dtype: torch.dtype) -> Iterator[Example]:
     is_real = torch.ones(2, 5, dtype=torch.bool)
     sequence = (numbers(2, 4, 5, 8), numbers(2, 2, 5, 8), numbers(2, 2, 5, 8))
     for name in sorted(SEQUENCE_RULES):
-        rule = EvictionRule(name, recent=1, sinks=1)
+        rule = EvictionRule(cast(RuleName, name), recent=1, sinks=1)
         yield Example(sequence_of_steps, (rule, *sequence, 2, is_real, 0.5))
 
 
