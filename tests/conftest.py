@@ -24,7 +24,41 @@ torch.set_num_threads(1)
 
 # Seconds of the files that take longest, on two cores. They begin first, so that at the end there
 # are short ones for every process; a file that is not here counts as quick.
-SECONDS: dict[str, float] = {}
+SECONDS = {
+    "tests/ops/test_triton.py": 110,
+    "tests/attention/test_cache.py": 60,
+    "tests/training/test_ranks.py": 60,
+    "tests/house/test_style.py": 45,
+    "tests/runner/test_run.py": 45,
+    "notebooks/01_low_rank_residuals.ipynb": 30,
+    "notebooks/02_training_kernels.ipynb": 30,
+    "tests/ops/test_fused.py": 25,
+    "tests/experiments/test_downstream.py": 22,
+    "notebooks/03_language_modeling.ipynb": 20,
+    "tests/small_models/test_pretrain.py": 18,
+    "notebooks/07_attention_maps.ipynb": 16,
+    "tests/extending/test_a_row_of_ones_own.py": 16,
+    "notebooks/00_tour.ipynb": 14,
+    "notebooks/04_sparse_policies.ipynb": 14,
+    "notebooks/05_classification.ipynb": 14,
+    "notebooks/06_summarization.ipynb": 14,
+    "notebooks/09_prompt_length.ipynb": 14,
+    "notebooks/08_kernel_size.ipynb": 12,
+    "notebooks/10_latency_throughput.ipynb": 12,
+    "notebooks/11_breakdown_memory.ipynb": 12,
+    "notebooks/13_generate.ipynb": 12,
+    "tests/attention/test_parallel.py": 11,
+    "tests/ops/test_cpu_prepare.py": 10,
+    "tests/models/test_models.py": 9,
+    "tests/data/test_storyworld.py": 8,
+    "tests/house/test_docs.py": 8,
+    "notebooks/12_scoreboard.ipynb": 8,
+    "tests/hf/test_hf.py": 7,
+    "tests/experiments/test_experiments.py": 7,
+    "tests/bench/test_command.py": 6,
+    "tests/experiments/test_results.py": 6,
+    "tests/ops/test_dispatch.py": 6,
+}
 
 
 def pytest_collection_modifyitems(config, items):

@@ -206,7 +206,11 @@ def _by_processes(
     """
     import torch
 
+    from lesslib.ops import dispatch
+
     book.say(processes)
+    # Once here instead of in every process, for each sweep anew.
+    dispatch.cpu_kernels()
     pool = ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("fork"),
