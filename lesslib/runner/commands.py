@@ -40,8 +40,6 @@ def run_tests(folder: Path, further: list[str]) -> int:
     command += [*NBVAL, *PROCESSES, *further]
     with tempfile.TemporaryDirectory() as results:
         variables = environment("smoke", LESS_RESULTS=results)
-        # There is a process for each core; threads of the notebooks would only wait for each other.
-        variables.setdefault("OMP_NUM_THREADS", "1")
         prepare_kernels(OF_TESTS, variables)
         return subprocess.call(command, cwd=ROOT, env=variables)
 

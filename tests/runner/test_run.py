@@ -518,7 +518,6 @@ def test_test_hands_over_to_pytest_under_smoke_with_results_elsewhere(home, monk
     ]
     assert pytest_command[4:] == [str(runner.NOTEBOOKS / "00_one.ipynb"), *how, "-k", "policies"]
     assert (env["LESS_PROFILE"], env.get("LESS_FROM_RESULTS")) == ("smoke", None)
-    assert env["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS", "1")
     assert env["LESS_RESULTS"] != os.environ["LESS_RESULTS"]
     assert lab_command[1:4] == ["-m", "jupyterlab", str(runner.NOTEBOOKS)]
     assert (lab_command[-1], lab_env["LESS_PROFILE"]) == ("--no-browser", "wild")
