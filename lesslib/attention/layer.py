@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from lesslib.attention.prompt import Candidates, column_sums, rows_of_block
-from lesslib.attention.whole_sequence import dense_attention
+from lesslib.attention.prompt import Candidates, attend_candidates, attend_prompt
 from lesslib.ops import dispatch
-from lesslib.ops.blocks import BLOCK, gather_tokens
+from lesslib.ops.blocks import gather_tokens
 from lesslib.ops.merge import Part, merge
 from lesslib.ops.slots import Slots
 from lesslib.policies import Policy
@@ -324,47 +323,17 @@ class LessLayer(CacheLayerMixin):
         now = new.position[:, :1].amax(2, keepdim=True)
         if bool(self.slots.count.any()):
             candidates = Candidates.of_slots(self.slots).followed_by(new)
-            out, columns = self._attend_turn(q, candidates, real, scaling)
+            attended = attend_candidates(self.policy, q, candidates, real, scaling)
+            columns = attended.columns
+            out = self._with_state(q, attended.part, scaling)
         else:
             candidates = new
-            out = dense_attention(q, k, v, real, scaling)
-            columns = column_sums(self.policy, q, new, real, scaling)
+            out, columns = attend_prompt(self.policy, q, candidates, real, scaling)
         if self.policy.needs_probabilities:
             candidates.score = self.policy.observe(candidates.score, columns)
         self.slots.count.add_(real.sum(1, dtype=torch.int32))
         self.take(candidates, now)
         return out
-
-    def _attend_turn(
-        self, q: Tensor, candidates: Candidates, real: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor]:
-        """New queries over the slots, the state and each other, block by block.
-
-        Returns the output [B, Hq, S, Dv], and what each candidate got from the queries that count,
-        [B, Hkv, G, N + S].
-        """
-        S = q.shape[2]
-        old = candidates.keys.shape[2] - S
-        wide = candidates.score.dtype
-        groups = q.shape[1] // candidates.keys.shape[1]
-        columns = candidates.score.new_zeros(*candidates.score.shape[:2], groups, old + S)
-        outputs = []
-        for start in range(0, S, BLOCK):
-            stop = min(start + BLOCK, S)
-            logits = rows_of_block(q, candidates, range(start, stop), scaling)
-            seen = logits.shape[-1]
-            probabilities = logits.softmax(-1)
-            output = probabilities @ candidates.values[:, :, None, :seen].to(wide)
-            part = Part(output.flatten(1, 2), logits.logsumexp(-1).flatten(1, 2))
-            outputs.append(self._with_state(q[:, :, start:stop], part, scaling))
-            counts = real[:, start:stop] & self._counted(range(start, stop), S, q.device)
-            columns[..., :seen] += (counts[:, None, None, None].to(wide) @ probabilities)[..., 0, :]
-        return torch.cat(outputs, 2), columns
-
-    def _counted(self, queries: range, S: int, device: torch.device) -> Tensor:
-        """Which of the `queries` the policy observes: all, or the last of S alone."""
-        t = torch.arange(queries.start, queries.stop, device=device)
-        return (t == S - 1) | self.policy.sums_queries
 
     def take(self, candidates: Candidates, now: Tensor) -> None:
         """Keep the C candidates that the policy lets go last; the state absorbs the others.
