@@ -228,6 +228,16 @@ class LessLayer(CacheLayerMixin):
         """
         self.state.absorb(self.memory, keys, values, is_held)
 
+    def _absorb_candidates(self, candidates: Candidates, leaving: Tensor) -> None:
+        """The state takes up the candidates at index `leaving` [B, Hkv, n]."""
+        if self.state.is_empty:
+            return
+        for index in leaving.split(ABSORB, -1):
+            is_held = candidates.position.gather(2, index) >= 0
+            keys = gather_tokens(candidates.keys, index)
+            values = gather_tokens(candidates.values, index)
+            self._absorb(keys, values, is_held)
+
     # ------------------------------------------------------------------ one token
     def _step(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
         """One token takes the free slot, attends, is scored, and one slot is freed.
@@ -318,7 +328,8 @@ class LessLayer(CacheLayerMixin):
     # ------------------------------------------------------------------ several tokens
     def _block(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, scaling: float) -> Tensor:
         """Several tokens: dense among themselves, then one eviction."""
-        new = Candidates.arriving(k, v, real, self.slots)
+        # Models lay tokens before heads; what follows reads one head at a time.
+        new = Candidates.arriving(k.contiguous(), v.contiguous(), real, self.slots)
         # Of a row that is all padding: -1, and it holds nothing.
         now = new.position[:, :1].amax(2, keepdim=True)
         if bool(self.slots.count.any()):
@@ -344,9 +355,7 @@ class LessLayer(CacheLayerMixin):
         slots = self.slots
         order = self.policy.out_order(c.score, c.position, now)  # [B, Hkv, n]
         leaving = order[..., : max(0, order.shape[-1] - self.budget)]
-        for index in leaving.split(ABSORB, -1):
-            is_held = c.position.gather(2, index) >= 0
-            self._absorb(gather_tokens(c.keys, index), gather_tokens(c.values, index), is_held)
+        self._absorb_candidates(c, leaving)
         staying = order[..., -self.budget :].sort(-1).values
         n = staying.shape[-1]
         slots.keys[:, :, :n] = gather_tokens(c.keys, staying)

