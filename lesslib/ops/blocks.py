@@ -87,8 +87,8 @@ def logit_blocks(q: Tensor, keys: Tensor, is_token: Tensor, scaling: float) -> I
     is -inf. All blocks lie in one buffer, small enough to stay in a CPU's caches: use each before
     asking for the next.
     """
-    B, Hq, S, D = q.shape
-    _, Hkv, M, _ = keys.shape
+    _, _, S, D = q.shape
+    B, Hkv, M, _ = keys.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     rows = B * Hkv
     old = M - S
