@@ -94,7 +94,8 @@ def logit_blocks(q: Tensor, keys: Tensor, is_token: Tensor, scaling: float) -> I
     old = M - S
     queries = (q.to(wide) * scaling).reshape(rows, -1, S, D)
     G = queries.shape[1]
-    columns = keys.to(wide).reshape(rows, M, D).mT
+    # Laid out so that a block of rows reads them in order.
+    columns = keys.to(wide).reshape(rows, M, D).mT.contiguous()
     is_gap = ~is_token.reshape(rows, 1, 1, M)
     holds_gaps = bool(is_gap.any())
     # -inf for gaps: to add numbers is quicker than to fill in where a mask says so.
