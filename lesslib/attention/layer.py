@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from lesslib.attention.prompt import Candidates, column_sums, rows_of_block
-from lesslib.attention.whole_sequence import dense_attention
+from lesslib.attention.prompt import Candidates, attend_candidates, attend_prompt
 from lesslib.ops import dispatch
-from lesslib.ops.blocks import BLOCK, gather_tokens
+from lesslib.ops.blocks import gather_tokens
 from lesslib.ops.merge import Part, merge
 from lesslib.ops.slots import Slots
 from lesslib.policies import Policy
@@ -229,6 +228,16 @@ class LessLayer(CacheLayerMixin):
         """
         self.state.absorb(self.memory, keys, values, is_held)
 
+    def _absorb_candidates(self, candidates: Candidates, leaving: Tensor) -> None:
+        """The state takes up the candidates at index `leaving` [B, Hkv, n]."""
+        if self.state.is_empty:
+            return
+        for index in leaving.split(ABSORB, -1):
+            is_held = candidates.position.gather(2, index) >= 0
+            keys = gather_tokens(candidates.keys, index)
+            values = gather_tokens(candidates.values, index)
+            self._absorb(keys, values, is_held)
+
     # ------------------------------------------------------------------ one token
     def _step(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float) -> Tensor:
         """One token takes the free slot, attends, is scored, and one slot is freed.
@@ -319,52 +328,23 @@ class LessLayer(CacheLayerMixin):
     # ------------------------------------------------------------------ several tokens
     def _block(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, scaling: float) -> Tensor:
         """Several tokens: dense among themselves, then one eviction."""
-        new = Candidates.arriving(k, v, real, self.slots)
+        # Models lay tokens before heads; what follows reads one head at a time.
+        new = Candidates.arriving(k.contiguous(), v.contiguous(), real, self.slots)
         # Of a row that is all padding: -1, and it holds nothing.
         now = new.position[:, :1].amax(2, keepdim=True)
         if bool(self.slots.count.any()):
             candidates = Candidates.of_slots(self.slots).followed_by(new)
-            out, columns = self._attend_turn(q, candidates, real, scaling)
+            attended = attend_candidates(self.policy, q, candidates, real, scaling)
+            columns = attended.columns
+            out = self._with_state(q, attended.part, scaling)
         else:
             candidates = new
-            out = dense_attention(q, k, v, real, scaling)
-            columns = column_sums(self.policy, q, new, real, scaling)
+            out, columns = attend_prompt(self.policy, q, candidates, real, scaling)
         if self.policy.needs_probabilities:
             candidates.score = self.policy.observe(candidates.score, columns)
         self.slots.count.add_(real.sum(1, dtype=torch.int32))
         self.take(candidates, now)
         return out
-
-    def _attend_turn(
-        self, q: Tensor, candidates: Candidates, real: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor]:
-        """New queries over the slots, the state and each other, block by block.
-
-        Returns the output [B, Hq, S, Dv], and what each candidate got from the queries that count,
-        [B, Hkv, G, N + S].
-        """
-        S = q.shape[2]
-        old = candidates.keys.shape[2] - S
-        wide = candidates.score.dtype
-        groups = q.shape[1] // candidates.keys.shape[1]
-        columns = candidates.score.new_zeros(*candidates.score.shape[:2], groups, old + S)
-        outputs = []
-        for start in range(0, S, BLOCK):
-            stop = min(start + BLOCK, S)
-            logits = rows_of_block(q, candidates, range(start, stop), scaling)
-            seen = logits.shape[-1]
-            probabilities = logits.softmax(-1)
-            output = probabilities @ candidates.values[:, :, None, :seen].to(wide)
-            part = Part(output.flatten(1, 2), logits.logsumexp(-1).flatten(1, 2))
-            outputs.append(self._with_state(q[:, :, start:stop], part, scaling))
-            counts = real[:, start:stop] & self._counted(range(start, stop), S, q.device)
-            columns[..., :seen] += (counts[:, None, None, None].to(wide) @ probabilities)[..., 0, :]
-        return torch.cat(outputs, 2), columns
-
-    def _counted(self, queries: range, S: int, device: torch.device) -> Tensor:
-        """Which of the `queries` the policy observes: all, or the last of S alone."""
-        t = torch.arange(queries.start, queries.stop, device=device)
-        return (t == S - 1) | self.policy.sums_queries
 
     def take(self, candidates: Candidates, now: Tensor) -> None:
         """Keep the C candidates that the policy lets go last; the state absorbs the others.
@@ -375,9 +355,7 @@ class LessLayer(CacheLayerMixin):
         slots = self.slots
         order = self.policy.out_order(c.score, c.position, now)  # [B, Hkv, n]
         leaving = order[..., : max(0, order.shape[-1] - self.budget)]
-        for index in leaving.split(ABSORB, -1):
-            is_held = c.position.gather(2, index) >= 0
-            self._absorb(gather_tokens(c.keys, index), gather_tokens(c.values, index), is_held)
+        self._absorb_candidates(c, leaving)
         staying = order[..., -self.budget :].sort(-1).values
         n = staying.shape[-1]
         slots.keys[:, :, :n] = gather_tokens(c.keys, staying)

@@ -4,15 +4,16 @@ queries.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from lesslib.attention.whole_sequence import dense_attention
 from lesslib.ops import dispatch
-from lesslib.ops.blocks import BLOCK
+from lesslib.ops.blocks import exponentiate, logit_blocks
+from lesslib.ops.merge import Part
 from lesslib.ops.slots import Slots
 from lesslib.policies import Policy
 
@@ -55,45 +56,72 @@ class Candidates:
         )
 
 
-def rows_of_block(q: Tensor, candidates: Candidates, queries: range, scaling: float) -> Tensor:
-    """Logits [B, Hkv, G, b, n] of a block of new queries over the candidates up to its last one.
+@dataclass
+class Attended:
+    """What new queries found, and what they gave.
 
-    q [B, Hq, S, D] are the queries of the last S candidates; what a query may not see is -inf.
+    `part` is the attention [B, Hq, S, ...] over the candidates; `columns` [B, Hkv, G, n] what each
+    candidate got from the queries that a policy observes.
     """
-    old = candidates.keys.shape[2] - q.shape[2]
-    wide = candidates.score.dtype
-    n = old + queries.stop
-    block = q[:, :, queries.start : queries.stop].to(wide) * scaling
-    block = block.unflatten(1, (candidates.keys.shape[1], -1))  # [B, Hkv, G, b, D]
-    logits = block @ candidates.keys[:, :, :n].to(wide).mT[:, :, None]
-    # Old candidates count below 0.
-    key = torch.arange(-old, queries.stop, device=q.device)
-    t = torch.arange(queries.start, queries.stop, device=q.device)[:, None]
-    is_token = candidates.position[:, :, None, :n] >= 0
-    is_seen = ((key <= t) & is_token) | (key == t)  # [B, Hkv, b, n]
-    return logits.masked_fill_(~is_seen[:, :, None], -math.inf)
+
+    part: Part
+    columns: Tensor
 
 
-def column_sums(
+def attend_candidates(
+    policy: Policy, q: Tensor, candidates: Candidates, real: Tensor, scaling: float
+) -> Attended:
+    """New queries over the candidates, of which they are the last, in one pass.
+
+    q [B, Hq, S, D], `real` [B, S] False for padding. All real queries are observed where the
+    policy's scores add up, else the last one. Works in blocks of rows, each of which is whole: so
+    what a candidate got is summed up while the rows are there, and nothing of size S x S is stored.
+    """
+    B, Hq, S, _ = q.shape
+    Hkv, n = candidates.score.shape[1:]
+    G = Hq // Hkv
+    values = candidates.values.to(candidates.score.dtype).flatten(0, 1)
+    output = values.new_empty(B * Hkv, G, S, values.shape[-1])
+    logsumexp = values.new_empty(B * Hkv, G, S, 1)
+    columns = values.new_zeros(B * Hkv, G, 1, n)
+    counts = real if policy.sums_queries else real & is_last(S, q.device)
+    counts = counts[:, None, None, :, None].expand(B, Hkv, 1, S, 1).flatten(0, 1)
+    for block in logit_blocks(q, candidates.keys, candidates.position >= 0, scaling):
+        rows = block.rows
+        queries = block.queries
+        highest, total = exponentiate(block.logits)
+        weights = block.logits  # [rows, G, b, seen]
+        seen = weights.shape[-1]
+        found = weights.flatten(1, 2) @ values[rows, :seen]
+        torch.div(found.unflatten(1, (G, -1)), total, out=output[rows, :, queries])
+        logsumexp[rows, :, queries] = highest + total.log()
+        if policy.needs_probabilities and (policy.sums_queries or queries.stop == S):
+            share = counts[rows, :, queries] / total
+            columns[rows, ..., :seen] += share.mT @ weights
+    part = Part(output.view(B, Hq, S, -1), logsumexp.view(B, Hq, S))
+    return Attended(part, columns.view(B, Hkv, G, n))
+
+
+def is_last(S: int, device: torch.device) -> Tensor:
+    """True for the last of S queries."""
+    return torch.arange(S, device=device) == S - 1
+
+
+def attend_prompt(
     policy: Policy, q: Tensor, prompt: Candidates, real: Tensor, scaling: float
-) -> Tensor:
-    """What each token of a prompt got from the queries that `policy` observes, [B, Hkv, G, S].
-
-    From all real queries where scores add up, else from the last one. Works in blocks of queries,
-    so nothing of size S x S is stored.
+) -> tuple[Tensor, Tensor]:
+    """Dense attention [B, Hq, S, Dv] of the first tokens, and the columns [B, Hkv, G, S] that
+    `policy` observes.
     """
-    B, Hkv, S = prompt.score.shape
-    wide = prompt.score.dtype
-    columns = prompt.score.new_zeros(B, Hkv, q.shape[1] // Hkv, S)
-    if not policy.needs_probabilities:
-        return columns
     kernels = dispatch.prompt_kernels(q)
+    if policy.sums_queries and kernels is None:
+        attended = attend_candidates(policy, q, prompt, real, scaling)
+        return attended.part.output, attended.columns
+    output = dense_attention(q, prompt.keys, prompt.values, real, scaling)
     if policy.sums_queries and kernels is not None:
-        return kernels.column_sums(q, prompt.keys, real, scaling)
-    first = 0 if policy.sums_queries else S - 1
-    for start in range(first, S, BLOCK):
-        stop = min(start + BLOCK, S)
-        probabilities = rows_of_block(q, prompt, range(start, stop), scaling).softmax(-1)
-        counts = real[:, None, None, None, start:stop].to(wide)  # [B, 1, 1, 1, b]
-        columns[..., :stop] += (counts @ probabilities)[..., 0, :]
-    return columns
+        return output, kernels.column_sums(q, prompt.keys, real, scaling)
+    if not policy.needs_probabilities:
+        B, Hkv, S = prompt.score.shape
+        return output, prompt.score.new_zeros(B, Hkv, q.shape[1] // Hkv, S)
+    # The last row alone.
+    return output, attend_candidates(policy, q[:, :, -1:], prompt, real[:, -1:], scaling).columns

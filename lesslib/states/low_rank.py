@@ -23,6 +23,8 @@ from lesslib.util.hardware import autocast
 SCALE_INIT = 1e-4
 # Up to so many tokens, features are computed with tokens before features.
 FEW = 32
+# Numbers of a hidden layer that are computed at once: 2 MiB in float32.
+TILE_NUMBERS = 2**19
 
 
 class LowRank(State):
@@ -208,8 +210,14 @@ class LayerKernels(LowRank):
             return F.gelu(hidden @ w2)
         # Of many tokens: features before tokens, [hidden, S] and [R, S]. With R in the last place a
         # CPU's matmuls take three times as long.
-        hidden = F.gelu(self._dropped(w1.mT @ x.mT))
-        return F.gelu(w2.mT @ hidden).mT
+        if self.training:
+            hidden = F.gelu(self._dropped(w1.mT @ x.mT))
+            return F.gelu(w2.mT @ hidden).mT
+        # A tile of tokens at a time, whose hidden layer stays in a CPU's caches.
+        numbers_of_token = x.shape[:-2].numel() * w1.shape[-1]
+        tile = max(FEW, TILE_NUMBERS // numbers_of_token)
+        tiles = [F.gelu(w2.mT @ F.gelu(w1.mT @ tokens)) for tokens in x.mT.split(tile, -1)]
+        return torch.cat(tiles, -1).mT
 
     def _dropped(self, hidden: Tensor) -> Tensor:
         if not self.training or not self.dropout:
