@@ -79,9 +79,7 @@ def warn_without_numba() -> None:
 
 def step_kernels(x: Tensor) -> ModuleType | None:
     """The kernels of a decode step: `decode_step`, `attend_step`, `read`, `absorb`, `phi`, `psi`."""
-    kernels = kernels_for(x)
-    # Not written yet for CPUs.
-    return kernels if kernels is triton else None
+    return kernels_for(x)
 
 
 def prompt_kernels(x: Tensor) -> ModuleType | None:
