@@ -61,9 +61,10 @@ class Endurance:
         """Decode all tokens, each drawn from the logits of the one before it; print as it goes."""
         model = random_model(self.model)
         kernels = random_kernels(model, self.hidden).to(DEVICE)
-        for layer in kernels.layers:
+        for name, weights in kernels.named_parameters():
             # Away from the start of training, where the state hardly weighs in.
-            torch.nn.init.ones_(layer.s1)
+            if name.endswith("s1"):
+                torch.nn.init.ones_(weights)
         cache = LessCache(model, H2O.from_budget(self.budget), kernels)
         generator = torch.Generator(DEVICE).manual_seed(0)
         token = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
@@ -76,7 +77,9 @@ class Endurance:
             for tokens in range(1, self.tokens + 1):
                 logits = model(token, past_key_values=cache).logits[:, -1]
                 is_finite &= logits.isfinite().all()
-                token = torch.multinomial(logits.softmax(-1).nan_to_num(1.0), 1, generator=generator)
+                token = torch.multinomial(
+                    logits.softmax(-1).nan_to_num(1.0), 1, generator=generator
+                )
                 if tokens in marks:
                     reading = read(cache, tokens, now() - begun, bool(is_finite))
                     readings.append(reading)

@@ -4,8 +4,8 @@ ops/triton.
 On a CPU the kernels serve wherever Numba is installed. On a GPU torch's forms do, until
 $LESS_TRITON=1 asks for the kernels, which were compiled for GPUs and run in Triton's interpreter,
 not on a GPU yet. $LESS_OPS=torch, cpu or triton forces one form, and raises where it cannot serve.
-torch.compile makes kernels of its own from the torch forms, so a step that it traces keeps to those;
-so does whatever needs gradients.
+torch.compile makes kernels of its own from the torch forms, so a step that it traces keeps to
+those; so does whatever needs gradients.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def warn_without_numba() -> None:
 
 
 def step_kernels(x: Tensor) -> ModuleType | None:
-    """The kernels of a decode step: `decode_step`, `attend_step`, `read`, `absorb`, `phi`, `psi`."""
+    """The kernels of a step: `decode_step`, `attend_step`, `read`, `absorb`, `phi` and `psi`."""
     return kernels_for(x)
 
 

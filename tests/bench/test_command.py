@@ -72,7 +72,7 @@ def test_compiled_steps_are_timed_after_eager_ones_at_one_context_and_without_fu
 
 
 def test_endurance_reads_memory_once_it_has_settled_and_at_the_end(capsys):
-    command.main("endurance --tokens 60 --budget 12 --hidden 8".split())
+    command.main(["endurance", "--tokens", "60", "--budget", "12", "--hidden", "8"])
     lines = capsys.readouterr().out.splitlines()
     counts = [line.split()[0] for line in lines[2:-1]]
     assert counts == ["30", "36", "42", "48", "54", "60"]
@@ -87,9 +87,7 @@ def test_endurance_fails_where_memory_grows_or_a_number_is_not_finite(monkeypatc
     held = settled._replace(tokens=20, resident_mib=100.9)
     assert failures([settled, held]) == []
     grown = held._replace(resident_mib=101.5)
-    assert failures([settled, grown]) == [
-        "resident memory grew by 1.5% between 10 and 20 tokens"
-    ]
+    assert failures([settled, grown]) == ["resident memory grew by 1.5% between 10 and 20 tokens"]
     broken = held._replace(are_logits_finite=False, score=float("nan"), z=float("inf"))
     assert failures([settled, broken]) == [
         "a logit was not finite",

@@ -100,7 +100,7 @@ def close(got, want, tolerance):
     ids=str,
 )
 def test_steps_equal_the_spec(policy, shape, pads, monkeypatch):
-    B, Hq, Hkv, S, D, _ = shape
+    _, Hq, Hkv, S, D, _ = shape
     q, k, v = drawn(*shape, dtype=F64)
     real = None if pads is None else torch.arange(S) >= torch.tensor(pads)[:, None]
     state = learned(Hq, Hkv, D).double()

@@ -9,7 +9,7 @@ from lesslib.states import LayerKernels, LayerPerformer
 
 pytest.importorskip("numba", reason="numba is not installed: the torch forms serve")
 
-from lesslib.ops import cpu  # noqa: E402
+from lesslib.ops import cpu
 
 F32 = torch.float32
 F64 = torch.float64
@@ -138,5 +138,5 @@ def test_a_part_far_below_the_smallest_normal_number_stays_finite(size):
     H = torch.rand(1, 2, 8, 8)
     output, logsumexp = cpu.read(features, H, torch.full((1, 2, 8), 0.3))
     assert output.isfinite().all()
-    assert (output.amax() <= 4)
+    assert output.amax() <= 4
     assert logsumexp.isfinite().all()

@@ -1,4 +1,4 @@
-"""The CPU kernels under threads and after a fork: as many threads as torch has, the same results."""
+"""The CPU kernels under threads and after a fork: as many threads as torch has, equal results."""
 
 import os
 import subprocess
@@ -14,10 +14,10 @@ from lesslib.util.paths import ROOT
 
 pytest.importorskip("numba", reason="numba is not installed: the torch forms serve")
 
-from lesslib.ops import cpu  # noqa: E402
-from lesslib.ops.blocks import NEVER  # noqa: E402
-from lesslib.ops.cpu import common  # noqa: E402
-from lesslib.ops.slots import Slots  # noqa: E402
+from lesslib.ops import cpu
+from lesslib.ops.blocks import NEVER
+from lesslib.ops.cpu import common
+from lesslib.ops.slots import Slots
 
 RULE = H2O(8, 8).rule()
 

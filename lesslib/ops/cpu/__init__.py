@@ -1,7 +1,7 @@
 """The CPU form of LESS in Numba: one kernel, one job, with the names and signatures of ops/triton.
 
-Every function does what a torch form elsewhere does, named in its docstring, with sums in float32 or
-wider; callers ask `dispatch.kernels_for` first, which imports this folder when it is first needed.
+Every function does what a torch form elsewhere does, named in its docstring, with sums in float32
+or wider; callers ask `dispatch.kernels_for` first, which imports this folder when it is needed.
 Open `decode.py` first, then `steps.py`, what its kernels are made of, and `common.py` for threads.
 Shapes: B batch, Hq query heads, Hkv key-value heads, G = Hq / Hkv, S tokens, N slots, D and Dv head
 sizes of keys and values, R kernel size.

@@ -9,6 +9,7 @@ check sees only the file of a kernel, not those of what it calls.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -26,7 +27,7 @@ from torch import Tensor
 try:
     import numba
 except ImportError:
-    numba = None
+    numba = None  # type: ignore[assignment]
 
 # Sums may be reordered and fused, so that loops run in SIMD; NaN and infinities keep their meaning.
 # Quotients stay quotients: the reciprocal of a number far below normal ones is infinite.
@@ -54,10 +55,8 @@ def cache_folder() -> Path:
         digest.update(file.read_bytes())
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home) / "lesslib" / f"cpu-kernels-{digest.hexdigest()[:12]}"
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        pass
     if os.access(folder, os.W_OK):
         return folder
     return Path(tempfile.mkdtemp(prefix="lesslib-"))
@@ -79,15 +78,16 @@ def compiled(function: Callable, liberties: set[str]) -> Any:
     """A function for Numba to compile, with what it may do to arithmetic."""
     if numba is None:
         return function
-    before = numba.config.CACHE_DIR
+    config: Any = numba.config
+    before = config.CACHE_DIR
     # Read when a function is decorated; other packages' kernels stay where they are.
-    numba.config.CACHE_DIR = str(cache_folder())
+    config.CACHE_DIR = str(cache_folder())
     try:
         # Python would raise for a division by 0, and the test of it keep a loop from SIMD.
-        options = {"nogil": True, "cache": True, "error_model": "numpy"}
-        return numba.njit(**options, fastmath=liberties)(function)
+        decorate = numba.njit(nogil=True, cache=True, fastmath=liberties, error_model="numpy")
+        return decorate(function)
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
 
 
 # ---------------------------------------------------------------- tensors
@@ -132,6 +132,10 @@ def tensor_at(
 
 
 # ---------------------------------------------------------------- threads
+def do_nothing() -> None:
+    pass
+
+
 class Worker:
     """A thread that does one piece of work at a time; locks wake it in a third of the time that a
     ThreadPoolExecutor takes.
@@ -142,7 +146,7 @@ class Worker:
         self.is_done = threading.Lock()
         self.has_work.acquire()
         self.is_done.acquire()
-        self.work: Callable[[], None] = int
+        self.work: Callable[[], None] = do_nothing
         self.error: BaseException | None = None
         threading.Thread(target=self.run, name="lesslib", daemon=True).start()
 

@@ -41,7 +41,7 @@ class StepAddresses(NamedTuple):
     position: int
     score: int
     free: int
-    count: int
+    seen: int
     is_real: int
     part_output: int
     part_logsumexp: int
@@ -73,8 +73,8 @@ class StepTensors(NamedTuple):
     position: Any
     score: Any
     free: Any
-    # [B], real tokens seen before this one
-    count: Any
+    # [B], real tokens before this one, `count` of the slots
+    seen: Any
     # [B], False for padding
     is_real: Any
     # [parts, rows, G, Dv], [parts, rows, G]
@@ -124,7 +124,7 @@ def step_tensors(
         tensor_at(at.position, (rows, N), whole),
         tensor_at(at.score, (rows, N), wide),
         tensor_at(at.free, (rows,), long),
-        tensor_at(at.count, (B,), whole),
+        tensor_at(at.seen, (B,), whole),
         tensor_at(at.is_real, (B,), boolean),
         tensor_at(at.part_output, (parts, rows, G, Dv), wide),
         tensor_at(at.part_logsumexp, (parts, rows, G), wide),
@@ -424,7 +424,7 @@ def h2o_kernel(
     rank = np.empty(sizes.N, wide.dtype)
     for row in range(first_row, last_row):
         b = row // sizes.Hkv
-        now = step.count[b]
+        now = step.seen[b]
         attend_row(step, row, now, scaling, queries, probabilities)
         # What it gave to the slots is added to their scores; a padded token gives nothing and goes.
         if step.is_real[b]:
@@ -456,7 +456,7 @@ def lambda_kernel(
     rank = np.empty(sizes.N, wide.dtype)
     for row in range(first_row, last_row):
         b = row // sizes.Hkv
-        now = step.count[b]
+        now = step.seen[b]
         attend_row(step, row, now, scaling, queries, probabilities)
         if not step.is_real[b]:
             step.position[row, step.free[row]] = -1
@@ -483,7 +483,7 @@ def tova_kernel(
     average = np.empty(sizes.N, wide.dtype)
     rank = np.empty(sizes.N, wide.dtype)
     for b in range(first_row, last_row):
-        now = step.count[b]
+        now = step.seen[b]
         heads = range(b * sizes.Hkv, b * sizes.Hkv + sizes.Hkv)
         # All heads attend; the score is what the newest query gave, averaged over them.
         average[:] = 0
@@ -518,7 +518,7 @@ def attend_kernel(
     queries = np.empty((sizes.G, sizes.D), wide.dtype)
     for row in range(first_row, last_row):
         b = row // sizes.Hkv
-        attend_row(step, row, step.count[b], scaling, queries, probabilities[row])
+        attend_row(step, row, step.seen[b], scaling, queries, probabilities[row])
         if not step.is_real[b]:
             # Of a padded token nothing stays.
             step.position[row, step.free[row]] = -1
