@@ -1,4 +1,4 @@
-"""Benchmarks that print ratios: `python -m lesslib.bench train`, `decode` and `score`, with --help.
+"""Benchmarks that print ratios: `python -m lesslib.bench COMMAND`, with --help.
 
 `train`: seconds and memory of an epoch of kernel training. `ours` trains from eviction times,
 sparse outputs and targets computed once; `stepwise`, after the authors' code, rebuilds at every
@@ -6,6 +6,7 @@ step the dense weights, the mask token by token and the S x S low-rank weights.
 `decode`: milliseconds per step of random models at many contexts, for the full cache and bounded
 ones; bytes and peak memory.
 `score`: seconds and memory of whole sequences through dense attention, a policy alone, and LESS.
+`endurance`: very many tokens through one cache; fails where memory grows or a number overflows.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from dataclasses import replace
 import torch
 
 from lesslib.bench.decoding import METHODS, DecodeCase, print_decode
+from lesslib.bench.endurance import Endurance, print_endurance
 from lesslib.bench.memory import print_memory
 from lesslib.bench.scoring import print_scoring
 from lesslib.bench.shapes import MODELS
@@ -64,6 +66,16 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_endurance_options(parser: argparse.ArgumentParser) -> None:
+    options(
+        parser,
+        model=("pico", "shape of the random model", tuple(MODELS)),
+        tokens=(1_000_000, "tokens decoded in one go"),
+        budget=(52, "H2O's slots"),
+        hidden=(128, "width of the kernels"),
+    )
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m lesslib.bench",
@@ -74,6 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_training_options(commands.add_parser("train"))
     add_decoding_options(commands.add_parser("decode"))
     add_scoring_options(commands.add_parser("score"))
+    add_endurance_options(commands.add_parser("endurance"))
     return parser.parse_args(argv)
 
 
@@ -126,5 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         print_training(**settings)
     elif command == "score":
         print_scoring(**settings)
+    elif command == "endurance":
+        print_endurance(Endurance(**settings))
     else:
         run_decoding(arguments)

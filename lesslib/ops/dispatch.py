@@ -78,10 +78,8 @@ def warn_without_numba() -> None:
 
 
 def step_kernels(x: Tensor) -> ModuleType | None:
-    """Kernels of a decode step: `decode_step`, `attend_step`, `read`, `absorb`, `phi`, `psi`."""
-    kernels = kernels_for(x)
-    # Not written yet for CPUs.
-    return kernels if kernels is triton else None
+    """The kernels of a step: `decode_step`, `attend_step`, `read`, `absorb`, `phi` and `psi`."""
+    return kernels_for(x)
 
 
 def prompt_kernels(x: Tensor) -> ModuleType | None:

@@ -5,6 +5,7 @@ takes the same thing.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,3 +58,25 @@ class Slots:
         self.score.zero_()
         self.free.fill_(self.position.shape[-1] - 1)
         self.count.zero_()
+
+
+class StepResult(NamedTuple):
+    """What a decode step gives: the attention's output, and the token that left."""
+
+    # [B, Hq, 1, Dv]
+    output: Tensor
+    # [B, Hkv, 1, D], of the slot that was freed
+    key: Tensor
+    # [B, Hkv, 1, Dv], of the slot that was freed
+    value: Tensor
+    # [B, Hkv, 1] bool, False where that slot was empty
+    is_held: Tensor
+
+
+class AttendResult(NamedTuple):
+    """What a step gives that leaves the eviction to its caller."""
+
+    # [B, Hq, 1, Dv]
+    output: Tensor
+    # [B, Hkv, G, N] in float32 or wider, over the slots alone; zero for a padded token
+    probabilities: Tensor

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from lesslib.bench import command, training
+from lesslib.bench import command
+from lesslib.bench.endurance import Endurance, Reading, failures
 from lesslib.bench.scoring import ScoringCase, scoring
 from lesslib.bench.timing import PRELOADED, fresh_process
 
@@ -70,8 +71,29 @@ def test_compiled_steps_are_timed_after_eager_ones_at_one_context_and_without_fu
     assert cases[1].methods == ("Baseline", "Baseline+", "LESS")
 
 
-@pytest.mark.parametrize(("epochs", "expected"), [([3.0, 1.0, 2.0], 1.0), ([5.0], 5.0)])
-def test_the_fastest_epoch_counts_and_a_long_one_is_not_repeated(epochs, expected):
-    left = iter(epochs)
-    assert training.fastest(lambda: next(left)) == expected
-    assert list(left) == []
+def test_endurance_reads_memory_once_it_has_settled_and_at_the_end(capsys):
+    command.main(["endurance", "--tokens", "60", "--budget", "12", "--hidden", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    counts = [line.split()[0] for line in lines[2:-1]]
+    assert counts == ["30", "36", "42", "48", "54", "60"]
+    assert lines[-1].startswith("held: memory flat, all finite")
+    million = Endurance("pico", 1_000_000, 52, 128)
+    assert sorted(million.marks())[:3] == [10_000, 100_000, 200_000]
+    assert max(million.marks()) == 1_000_000
+
+
+def test_endurance_fails_where_memory_grows_or_a_number_is_not_finite(monkeypatch):
+    settled = Reading(10, 1.0, 100.0, are_logits_finite=True, score=3.0, z=2.0)
+    held = settled._replace(tokens=20, resident_mib=100.9)
+    assert failures([settled, held]) == []
+    grown = held._replace(resident_mib=101.5)
+    assert failures([settled, grown]) == ["resident memory grew by 1.5% between 10 and 20 tokens"]
+    broken = held._replace(are_logits_finite=False, score=float("nan"), z=float("inf"))
+    assert failures([settled, broken]) == [
+        "a logit was not finite",
+        "score is not finite",
+        "z is not finite",
+    ]
+    monkeypatch.setattr(Endurance, "readings", lambda self: [settled, grown])
+    with pytest.raises(SystemExit, match=r"failed: resident memory grew by 1\.5%"):
+        command.main(["endurance"])

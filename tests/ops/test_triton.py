@@ -731,10 +731,10 @@ def test_a_sequence_of_several_blocks_of_slots(policy, device, draw):
 
 
 def test_a_sequence_takes_the_kernel_where_it_is_asked_for(device, draw, monkeypatch):
-    q = draw(1, 2, 25, 32)
-    k = draw(1, 1, 25, 32)
-    v = draw(1, 1, 25, 32)
-    for policy in (H2O(heavy=4, recent=5), Lambda(recent=7, sinks=4)):
+    q = draw(1, 2, 100, 32)
+    k = draw(1, 1, 100, 32)
+    v = draw(1, 1, 100, 32)
+    for policy in (H2O(heavy=40, recent=38), Lambda(recent=70, sinks=4)):
         monkeypatch.setenv("LESS_OPS", "torch")
         want = whole_sequence.evict(policy, q.double(), k.double(), v.double())
         monkeypatch.setenv("LESS_OPS", "triton")

@@ -8,6 +8,20 @@ sizes of keys and values, R kernel size.
 """
 
 from lesslib.ops.cpu.common import available
+from lesslib.ops.cpu.decode import STEP_RULES, attend_step, decode_step
+from lesslib.ops.cpu.features import phi, psi
+from lesslib.ops.cpu.low_rank import absorb, read
 from lesslib.ops.cpu.sequence import SEQUENCE_RULES, sequence_of_steps
 
-__all__ = ["SEQUENCE_RULES", "available", "sequence_of_steps"]
+__all__ = [
+    "SEQUENCE_RULES",
+    "STEP_RULES",
+    "absorb",
+    "attend_step",
+    "available",
+    "decode_step",
+    "phi",
+    "psi",
+    "read",
+    "sequence_of_steps",
+]

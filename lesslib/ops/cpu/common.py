@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,23 @@ from lesslib.ops.kernel_cache import cache_folder
 try:
     import numba
 except ImportError:
-    numba = None
+    numba = None  # type: ignore[assignment]
 
 # Sums may be reordered and fused, so that loops run in SIMD; NaN and infinities keep their meaning.
-FAST = {"reassoc", "contract", "arcp", "nsz"}
+# Quotients stay quotients: the reciprocal of a number far below normal ones is infinite.
+FAST = {"reassoc", "contract", "nsz"}
 # The integers that hold the bits of half-precision numbers: NumPy and Numba know no bfloat16.
 BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 DTYPES = (torch.float32, torch.float64, *BITS)
+# An array of each dtype as kernels know it, which tells them what lies at an address.
+LIKE = {
+    torch.float32: np.empty(0, np.float32),
+    torch.float64: np.empty(0, np.float64),
+    torch.bfloat16: np.empty(0, np.uint16),
+    torch.float16: np.empty(0, np.int16),
+}
+# Multiplications and additions that take as long as handing rows to another thread
+WORTH_A_THREAD = 1_000_000
 
 
 # ---------------------------------------------------------------- compiling
@@ -37,15 +47,28 @@ def jit(function: Callable) -> Any:
     """A kernel, or a function that kernels are made of: compiled at its first call, once a
     machine. Without Numba the function itself, which nobody calls.
     """
+    return compiled(function, FAST)
+
+
+def jit_as_written(function: Callable) -> Any:
+    """The same for functions whose sums must keep their order, or lose digits."""
+    return compiled(function, {"contract", "nsz"})
+
+
+def compiled(function: Callable, liberties: set[str]) -> Any:
+    """A function for Numba to compile, with what it may do to arithmetic."""
     if numba is None:
         return function
-    before = numba.config.CACHE_DIR
+    config: Any = numba.config
+    before = config.CACHE_DIR
     # Read when a function is decorated; other packages' kernels stay where they are.
-    numba.config.CACHE_DIR = str(cache_folder())
+    config.CACHE_DIR = str(cache_folder())
     try:
-        return numba.njit(nogil=True, cache=True, fastmath=FAST)(function)
+        # Python would raise for a division by 0, and the test of it keep a loop from SIMD.
+        decorate = numba.njit(nogil=True, cache=True, fastmath=liberties, error_model="numpy")
+        return decorate(function)
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
 
 
 # ---------------------------------------------------------------- tensors
@@ -56,34 +79,95 @@ def available(x: Tensor) -> bool:
 
 def array(x: Tensor) -> np.ndarray:
     """The tensor's memory, as a kernel takes it; halves as the integers that hold their bits."""
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     if x.dtype in BITS:
         x = x.view(BITS[x.dtype])
     return x.numpy()
 
 
+if numba is not None:
+    from numba import types
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def pointer(typing_context: Any, address: Any) -> Any:
+        """The pointer to an address."""
+
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+        return types.voidptr(types.int64), code
+
+
+@jit
+def tensor_at(
+    address,  # of a contiguous tensor, its `data_ptr()`
+    shape,  # of the tensor
+    like,  # an array of the same dtype
+):
+    """The tensor at an address. Kernels of small work take addresses: a tensor's NumPy view, made
+    by torch and read by Numba, takes a microsecond.
+    """
+    return numba.carray(pointer(address), shape, like.dtype)
+
+
 # ---------------------------------------------------------------- threads
-class Threads:
-    """The threads of this process besides the calling one; a forked child starts its own."""
+def do_nothing() -> None:
+    pass
+
+
+class Worker:
+    """A thread that does one piece of work at a time; locks wake it in a third of the time that a
+    ThreadPoolExecutor takes.
+    """
 
     def __init__(self) -> None:
-        self.pool: ThreadPoolExecutor | None = None
-        self.size = 0
-        os.register_at_fork(after_in_child=self.forget)
+        self.has_work = threading.Lock()
+        self.is_done = threading.Lock()
+        self.has_work.acquire()
+        self.is_done.acquire()
+        self.work: Callable[[], None] = do_nothing
+        self.error: BaseException | None = None
+        threading.Thread(target=self.run, name="lesslib", daemon=True).start()
 
-    def forget(self) -> None:
-        self.pool = None
-        self.size = 0
+    def run(self) -> None:
+        while True:
+            self.has_work.acquire()
+            try:
+                self.work()
+            except BaseException as error:
+                self.error = error
+            self.is_done.release()
 
-    def of(self, size: int) -> ThreadPoolExecutor:
-        """A pool of at least `size` threads."""
-        if self.pool is None or self.size < size:
-            self.pool = ThreadPoolExecutor(size, thread_name_prefix="lesslib")
-            self.size = size
-        return self.pool
+    def begin(self, work: Callable[[], None]) -> None:
+        self.work = work
+        self.has_work.release()
+
+    def wait(self) -> None:
+        """Until the work is done. Raises what it raised."""
+        self.is_done.acquire()
+        error = self.error
+        self.error = None
+        if error is not None:
+            raise error
 
 
-THREADS = Threads()
+# Workers that wait for work. Who takes one puts it back; a forked child has none of its parent's.
+IDLE: list[Worker] = []
+os.register_at_fork(after_in_child=IDLE.clear)
+
+
+def idle_worker() -> Worker:
+    try:
+        return IDLE.pop()
+    except IndexError:
+        return Worker()
+
+
+def rows_for_a_thread(work: int) -> int:
+    """So many rows are worth a thread, at `work` multiplications and additions a row."""
+    return -(-WORTH_A_THREAD // work)
 
 
 def over_rows(kernel: Callable, rows: int, *arguments: Any, at_once: int = 1) -> None:
@@ -107,7 +191,12 @@ def over_rows(kernel: Callable, rows: int, *arguments: Any, at_once: int = 1) ->
             first = block * at_once
             kernel(first, min(first + at_once, rows), *arguments)
 
-    others = [THREADS.of(threads - 1).submit(work) for _ in range(threads - 1)]
-    work()
-    for other in others:
-        other.result()
+    workers = [idle_worker() for _ in range(threads - 1)]
+    for worker in workers:
+        worker.begin(work)
+    try:
+        work()
+    finally:
+        for worker in workers:
+            worker.wait()
+            IDLE.append(worker)

@@ -11,17 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from lesslib.ops.cpu.common import jit, numba
+from lesslib.ops.cpu.common import jit_as_written, numba
 
 # log2(e), and ln 2 in two parts, the first of few bits so that its multiples are exact
 LOG2_E = np.float32(1.44269504)
 LN2_HIGH = np.float32(0.693359375)
 LN2_LOW = np.float32(-2.12194440e-4)
+ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 # below it e^x is not a normal number of float32
 LOWEST = np.float32(-88.0)
-# the bias of the exponent in float32's bits, and a half to round
+# the bias of the exponent in float32's bits, and with a half more, to round
+BIAS = np.float32(127.0)
 HALF_ABOVE_BIAS = np.float32(127.5)
+HALF = np.float32(0.5)
+SQRT_HALF = np.float32(math.sqrt(0.5))
+# 2^112, by which exponents of float16 and float32 differ
+FLOAT16_SCALE = np.float32(2.0**112)
+# bits without the sign, of infinity in float16 and float32
+FLOAT16_INFINITY = 0x7C00
+FLOAT32_INFINITY = 0x7F800000
 
 
 def exponential(x: Any) -> Any:
@@ -32,23 +41,35 @@ def exponential(x: Any) -> Any:
     return math.exp(x)
 
 
+def gelu(x: Any) -> Any:
+    """x times the normal distribution's share below x: torch's `gelu`.
+
+    In float32 within 1e-6, in float64 by the C library's erf.
+    """
+    return x * (1 + math.erf(x * math.sqrt(0.5))) / 2
+
+
 def zero_like(x: Any) -> Any:
     """0 in the type of x, where a sum of that type starts."""
     return 0 * x
 
 
 def widened(x: Any) -> Any:
-    """A number as sums take it: halves, from their bits, as float32; others as they are."""
+    """A number as sums take it: halves, from their bits, as float32; others as they are.
+
+    The bits are those of `common.BITS`: a uint16 holds a bfloat16, an int16 a float16.
+    """
     return x
 
 
-@jit
+@jit_as_written
 def float32_exponential(x):
     # Written so that NaN stays NaN.
     x = LOWEST if x < LOWEST else x
-    # 2^n e^r, with n counted from -127 and r = x - n ln 2 within half of ln 2.
+    # 2^n e^r, with n counted from -127 and r = x - n ln 2 within half of ln 2. The difference is of
+    # floats: one of integers would have 64 bits, which AVX2 cannot convert.
     n = np.int32(x * LOG2_E + HALF_ABOVE_BIAS)
-    whole = np.float32(n - 127)
+    whole = np.float32(n) - BIAS
     r = x - whole * LN2_HIGH
     r = r - whole * LN2_LOW
     # coefficients of Cephes' expf
@@ -63,19 +84,53 @@ def float32_exponential(x):
     return p * float32_of_bits(np.int32(n << 23))
 
 
-@jit
+@jit_as_written
 def float64_exponential(x):
     return math.exp(x)
 
 
-@jit
+@jit_as_written
 def float32_zero(x):
     return np.float32(0)
 
 
-@jit
+@jit_as_written
 def float64_zero(x):
     return np.float64(0)
+
+
+@jit_as_written
+def float32_gelu(x):
+    # max(x, 0) - |x| / 2 * erfc(|x| / sqrt 2): no difference of numbers near 1
+    y = abs(x) * SQRT_HALF
+    # Abramowitz and Stegun 7.1.26, within 1.5e-7
+    t = ONE / (ONE + np.float32(0.3275911) * y)
+    p = np.float32(1.061405429)
+    p = p * t - np.float32(1.453152027)
+    p = p * t + np.float32(1.421413741)
+    p = p * t - np.float32(0.284496736)
+    p = p * t + np.float32(0.254829592)
+    tail = p * t * float32_exponential(-y * y)
+    return max(x, ZERO) - HALF * abs(x) * tail
+
+
+@jit_as_written
+def float64_gelu(x):
+    return x * (1 + math.erf(x * math.sqrt(0.5))) / 2
+
+
+@jit_as_written
+def widened_bfloat16(x):
+    return float32_of_bits(np.int32(np.int32(x) << 16))
+
+
+@jit_as_written
+def widened_float16(x):
+    magnitude = np.int32(x) & 0x7FFF
+    value = float32_of_bits(np.int32(magnitude << 13)) * FLOAT16_SCALE
+    if magnitude >= FLOAT16_INFINITY:
+        value = float32_of_bits(np.int32((magnitude << 13) | FLOAT32_INFINITY))
+    return -value if x < 0 else value
 
 
 if numba is not None:
@@ -98,8 +153,22 @@ if numba is not None:
             return lambda x: float32_exponential(x)
         return lambda x: float64_exponential(x)
 
+    @overload(gelu)
+    def gelu_by_type(x):
+        if x == types.float32:
+            return lambda x: float32_gelu(x)
+        return lambda x: float64_gelu(x)
+
     @overload(zero_like)
     def zero_by_type(x):
         if x == types.float32:
             return lambda x: float32_zero(x)
         return lambda x: float64_zero(x)
+
+    @overload(widened)
+    def widened_by_type(x):
+        if x == types.uint16:
+            return lambda x: widened_bfloat16(x)
+        if x == types.int16:
+            return lambda x: widened_float16(x)
+        return lambda x: x

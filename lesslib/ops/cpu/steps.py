@@ -8,7 +8,7 @@ loading what they add to.
 from __future__ import annotations
 
 from lesslib.ops.cpu.common import jit
-from lesslib.ops.cpu.elementary import exponential, zero_like
+from lesslib.ops.cpu.elementary import exponential, widened, zero_like
 
 EIGHT = 8
 
@@ -16,7 +16,7 @@ EIGHT = 8
 @jit
 def add_rows(
     weights,  # [rows]
-    matrix,  # [rows, columns]
+    matrix,  # [rows, columns], may be halves
     rows,  # so many rows count
     columns,  # so many columns count
     total,  # [columns], added to
@@ -34,19 +34,19 @@ def add_rows(
         w7 = weights[r + 7]
         for c in range(columns):
             total[c] += (
-                w0 * matrix[r, c]
-                + w1 * matrix[r + 1, c]
-                + w2 * matrix[r + 2, c]
-                + w3 * matrix[r + 3, c]
-                + w4 * matrix[r + 4, c]
-                + w5 * matrix[r + 5, c]
-                + w6 * matrix[r + 6, c]
-                + w7 * matrix[r + 7, c]
+                w0 * widened(matrix[r, c])
+                + w1 * widened(matrix[r + 1, c])
+                + w2 * widened(matrix[r + 2, c])
+                + w3 * widened(matrix[r + 3, c])
+                + w4 * widened(matrix[r + 4, c])
+                + w5 * widened(matrix[r + 5, c])
+                + w6 * widened(matrix[r + 6, c])
+                + w7 * widened(matrix[r + 7, c])
             )
     for r in range(whole, rows):
         weight = weights[r]
         for c in range(columns):
-            total[c] += weight * matrix[r, c]
+            total[c] += weight * widened(matrix[r, c])
 
 
 @jit

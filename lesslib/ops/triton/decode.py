@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lesslib.ops.merge import Part
 from lesslib.ops.rules import EvictionRule
-from lesslib.ops.slots import Slots
+from lesslib.ops.slots import AttendResult, Slots, StepResult
 from lesslib.ops.triton.common import copy_row, jit, launch, tl
 from lesslib.ops.triton.steps import (
     attend,
@@ -25,28 +25,6 @@ from lesslib.ops.triton.steps import (
     load_probabilities,
     step_sizes,
 )
-
-
-class StepResult(NamedTuple):
-    """What a decode step gives: the attention's output, and the token that left."""
-
-    # [B, Hq, 1, Dv]
-    output: Tensor
-    # [B, Hkv, 1, D], of the slot that was freed
-    key: Tensor
-    # [B, Hkv, 1, Dv], of the slot that was freed
-    value: Tensor
-    # [B, Hkv, 1] bool, False where that slot was empty
-    is_held: Tensor
-
-
-class AttendResult(NamedTuple):
-    """What a step gives that leaves the eviction to its caller."""
-
-    # [B, Hq, 1, Dv]
-    output: Tensor
-    # [B, Hkv, G, N] float32, over the slots alone; zero for a padded token
-    probabilities: Tensor
 
 
 @jit
