@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 
 from lesslib.ops import kernel_cache
+from lesslib.ops.cpu.decode import STEP_RULES, attend_step, decode_step
+from lesslib.ops.cpu.features import phi, psi
+from lesslib.ops.cpu.low_rank import absorb, read
 from lesslib.ops.cpu.sequence import SEQUENCE_RULES, sequence_of_steps
+from lesslib.ops.merge import Part
 from lesslib.ops.rules import EvictionRule, RuleName
+from lesslib.ops.slots import Slots
 from lesslib.util.progress import minutes
 
 # What models are loaded in on a CPU.
@@ -43,6 +48,36 @@ def examples(dtype: torch.dtype) -> Iterator[Example]:
     for name in sorted(SEQUENCE_RULES):
         rule = EvictionRule(cast(RuleName, name), recent=1, sinks=1)
         yield Example(sequence_of_steps, (rule, *sequence, 2, is_real, 0.5))
+    yield from examples_of_a_step(dtype)
+
+
+def examples_of_a_step(dtype: torch.dtype) -> Iterator[Example]:
+    """A call of each operation of a decode step: 2 rows, 4 query heads, 2 key-value heads of 8,
+    R = 3.
+    """
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    q = numbers(2, 4, 1, 8)
+    k = numbers(2, 2, 1, 8)
+    slots = Slots.empty(k, k, 2)
+    parts = [Part(q.float() if dtype.itemsize < 4 else q, slots.score.new_zeros(2, 4, 1))]
+    for name in sorted(STEP_RULES):
+        rule = EvictionRule(cast(RuleName, name), recent=1, sinks=1)
+        yield Example(decode_step, (rule, q, k, k, slots, parts, None, 0.5))
+    yield Example(attend_step, (q, k, k, slots, parts, None, 0.5))
+    w1 = numbers(4, 8, 16)
+    w2 = numbers(4, 16, 3)
+    scale = numbers(2, 1, 3)
+    yield Example(phi, (q, w1, w2))
+    yield Example(psi, (k, w1[:2], w2[:2], numbers(2, 3, 3), scale, scale))
+    H = slots.score.new_zeros(2, 2, 3, 8)
+    z = slots.score.new_zeros(2, 2, 3)
+    features = slots.score.new_zeros(2, 2, 1, 3)
+    is_held = torch.ones(2, 2, 1, dtype=torch.bool)
+    yield Example(absorb, (H, z, features, k, is_held))
+    yield Example(read, (slots.score.new_zeros(2, 4, 1, 3), H, z))
 
 
 def prepare(dtypes: tuple[str, ...] = DTYPES) -> None:
