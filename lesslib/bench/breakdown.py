@@ -115,9 +115,7 @@ class SteppedCache:
         self.method = method
         self.cache = served.cache(method)
         self.token: Tensor
-        self.milliseconds: dict[str, list[float]] = {
-            part: [] for part in (*PARTS, "total", *WHOLE)
-        }
+        self.milliseconds: dict[str, list[float]] = {part: [] for part in (*PARTS, "total", *WHOLE)}
 
     def read_prompt(self) -> None:
         ids = self.served.random_prompt(self.served.rows(self.method))

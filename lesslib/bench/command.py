@@ -176,8 +176,7 @@ def checked(case: Any, settings: dict[str, Any]) -> Any:
     if settings.pop("quick"):
         settings |= QUICK
     fields = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in settings.items()
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
     }
     made = case(**fields)
     try:

@@ -83,6 +83,8 @@ def measure_load(case: LoadsCase, load: Load) -> dict[str, dict]:
 
     Raises LoadTooLarge where it would take more memory than there is, or longer than the limit.
     """
+    # no load starts with what an earlier one compiled
+    torch._dynamo.reset()
     served = ServedModel(load)
     lacks = missing_memory(served, case.methods)
     if lacks:
@@ -128,12 +130,16 @@ def warm_up(served: ServedModel, methods: tuple[str, ...], bandwidth: float) -> 
 
 def total_seconds(row: dict) -> list[float]:
     """Seconds of each run of a method, prompt and answer together."""
-    return [prompt + decode for prompt, decode in zip(row["prompt_s"], row["decode_s"], strict=True)]
+    return [
+        prompt + decode for prompt, decode in zip(row["prompt_s"], row["decode_s"], strict=True)
+    ]
 
 
 def quicker_full(rows: dict[str, dict]) -> float | None:
     """Median seconds of the quickest full cache; None where there is none."""
-    seconds = [row["seconds"] for method, row in rows.items() if method in FULL and "seconds" in row]
+    seconds = [
+        row["seconds"] for method, row in rows.items() if method in FULL and "seconds" in row
+    ]
     return min(seconds, default=None)
 
 
@@ -209,8 +215,9 @@ def print_load(load: Load, entry: dict) -> None:
     """
     print(f"{load}, kernels {load.hidden} wide; {where(entry)}; {when(entry)}")
     print_cells([title for title, _ in COLUMNS], COLUMNS)
-    for method, row in entry["methods"].items():
-        print_cells([method, *cells_of(row)], COLUMNS)
+    # JSON has lost their order
+    for method in entry["parameters"]["methods"]:
+        print_cells([method, *cells_of(entry["methods"][method])], COLUMNS)
     print(flush=True)
 
 

@@ -17,9 +17,18 @@ from lesslib.util.files import write_json
 
 PEER = "kvpress"
 VERSION = "0.5.5"
-# What it imports. Installed by name, and the peer itself without its requirements: they would
-# bring another build of torch than the one that runs here.
-NEEDS = ("transformers==5.23.0", "safetensors==0.8.0", "numpy==2.4.6", "accelerate", "datasets")
+# What it imports, by name: it is installed without its requirements, which would bring another
+# build of torch than the one that runs here. Transformers is the newest that it takes.
+NEEDS = (
+    "transformers==5.2.0",
+    "safetensors==0.8.0",
+    "numpy==2.4.6",
+    "accelerate<2",
+    "cachetools<6",
+    "datasets",
+    "fire<0.7",
+    "requests",
+)
 # lines of pip's that are shown where it fails
 LAST_LINES = 5
 

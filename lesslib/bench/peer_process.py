@@ -98,7 +98,7 @@ def serve(orders: TextIO, answers: TextIO) -> None:
     print(json.dumps(versions), file=answers, flush=True)
     for line in orders:
         task = json.loads(line)
-        press = press_of(task["method"], len(task["ids"][0]), order["budget"], order["interval"])
+        press = press_of(task["method"], len(task["ids"][0]), task["budget"], task["interval"])
         found = answer(model, press, torch.tensor(task["ids"]), task["generate"])
         print(json.dumps(found), file=answers, flush=True)
 

@@ -226,11 +226,13 @@ def course_of_bytes(held: list[int]) -> str:
     """
     if len(set(held)) == 1:
         return f"{_mib(held[0])} MiB at every step"
-    smallest = held.index(min(held))
-    after = held[smallest:]
+    compressed = held.index(min(held))
+    between = f"{_mib(min(held))} to {_mib(max(held[compressed:]))}"
+    if compressed == 0:
+        return f"{between} MiB"
     return (
         f"{_mib(held[0])} MiB after the prompt, at most {_mib(max(held))};"
-        f" from step {smallest} on {_mib(min(after))} to {_mib(max(after))}"
+        f" from step {compressed} on {between}"
     )
 
 
@@ -243,7 +245,8 @@ def print_peers(load: Load, entry: dict) -> None:
     peer = ", ".join(f"{package} {version}" for package, version in entry["peer"].items())
     print(f"{load}, kernels {load.hidden} wide; {where(entry)}; {when(entry)}")
     print(f"the peer: {peer}; KnormPress, every {entry['parameters']['interval']} steps")
-    rows = entry["methods"]
+    # JSON has lost their order
+    rows = {method: entry["methods"][method] for method in entry["parameters"]["methods"]}
     print_cells([title for title, _ in COLUMNS], COLUMNS)
     for method, row in rows.items():
         ratio = f"{row['seconds'] / rows['LESS']['seconds']:.2f}" if "LESS" in rows else ""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lesslib.bench import command, loads
-from lesslib.bench.load import Load, Loads, LoadOfSlots, tokens_of
+from lesslib.bench.load import Load, LoadOfSlots, Loads, tokens_of
 from lesslib.bench.loads import LoadsCase, expected_seconds, measure_load, measured_loads, work
 from lesslib.bench.record import BenchmarkRecord
 from lesslib.bench.served_model import FULL_DYNAMIC, ServedModel

@@ -1,4 +1,4 @@
-"""The peer in its own process, with a stand-in for kvpress; and its environment, with one for pip."""
+"""The peer's process, with a stand-in for kvpress; its environment, with one for pip."""
 
 import json
 import os
@@ -95,6 +95,7 @@ def test_a_peer_that_dies_is_an_error(tmp_path):
     ("held", "words"),
     [
         ([2**20] * 5, "1.000 MiB at every step"),
+        ([2**20, 2 * 2**20, 2**20], "1.000 to 2.000 MiB"),
         (
             [4 * 2**20, 5 * 2**20, 2**20, 2 * 2**20, 2**20],
             "4.000 MiB after the prompt, at most 5.000; from step 2 on 1.000 to 2.000",
