@@ -1,6 +1,6 @@
 """Speed and memory: what training, decoding, scoring and serving cost, always beside a baseline.
 
-Two commands print it: `python -m lesslib.bench train|decode|score` (command.py) and
+Two commands print it: `python -m lesslib.bench train|decode|score|loads|peers` (command.py) and
 `python -m lesslib.serving` (serving.py). Experiments import what they record from here. Open
 timing.py first: the one clock and the device of all measurements; then decoding.py.
 """

@@ -1,8 +1,14 @@
-"""Table 8: the parts of a decode step, timed by wrapping what the layers of a cache call."""
+"""Table 8: the parts of a decode step, timed by wrapping what the layers of a cache call.
+
+Only the torch forms have these parts: kernels do a step's slots, scores and eviction in one piece.
+So the parts, their total and `unobserved_ms` are of the torch forms everywhere, as they were before
+there were kernels; `fused_ms`, where kernels serve, is the step as it runs by default.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,11 +22,28 @@ from lesslib.bench.latency import WARM_UP
 from lesslib.bench.load import Load
 from lesslib.bench.served_model import FULL_STATIC, ServedModel
 from lesslib.bench.timing import now
+from lesslib.ops import dispatch
 from lesslib.states import LowRank
 from lesslib.util.progress import progress
 
 # of Table 8; decoding: all that is none of the others
 PARTS = ("decoding", "eviction", "kernels", "synthesis", "update")
+# of a step with nothing inside it timed: in the torch forms, and in kernels
+WHOLE = ("unobserved", "fused")
+
+
+@contextlib.contextmanager
+def torch_forms() -> Iterator[None]:
+    """Within the context all operations run in their torch forms, whatever $LESS_OPS says."""
+    before = os.environ.get("LESS_OPS")
+    os.environ["LESS_OPS"] = "torch"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LESS_OPS"]
+        else:
+            os.environ["LESS_OPS"] = before
 
 
 def timed_methods(layer: LessLayer) -> list[tuple[Any, str, str]]:
@@ -67,7 +90,7 @@ class Clock:
 def parts_timed(cache: Any, clock: Clock) -> Iterator[None]:
     """Within the context `clock` times what a LessCache's layers do besides attending their slots.
 
-    Other caches have no such parts.
+    Other caches have no such parts. Its steps run in the torch forms, which have them.
     """
     methods = []
     for layer in cache.layers:
@@ -77,7 +100,8 @@ def parts_timed(cache: Any, clock: Clock) -> Iterator[None]:
     for thing, name, part in methods:
         vars(thing)[name] = clock.timed(part, getattr(thing, name))
     try:
-        yield
+        with torch_forms():
+            yield
     finally:
         for thing, name, _ in methods:
             del vars(thing)[name]
@@ -91,14 +115,19 @@ class SteppedCache:
         self.method = method
         self.cache = served.cache(method)
         self.token: Tensor
-        self.milliseconds: dict[str, list[float]] = {
-            part: [] for part in (*PARTS, "total", "unobserved")
-        }
+        self.milliseconds: dict[str, list[float]] = {part: [] for part in (*PARTS, "total", *WHOLE)}
 
     def read_prompt(self) -> None:
         ids = self.served.random_prompt(self.served.rows(self.method))
         with self.served.attention(self.method):
             self.token = self.served.read_prompt(ids, self.cache)
+
+    def has_kernels(self) -> bool:
+        """Whether kernels serve a step of the cache, by default or as $LESS_OPS says."""
+        layer = self.cache.layers[0]
+        if not isinstance(layer, LessLayer):
+            return False
+        return dispatch.step_kernels(layer.slots.keys) is not None
 
     def observed_step(self) -> dict[str, float]:
         """Seconds of one step by part, and their `total`."""
@@ -108,12 +137,21 @@ class SteppedCache:
             step(self.token, past_key_values=self.cache)
         return clock.seconds | {"total": sum(clock.seconds.values())}
 
-    def unobserved_step(self) -> float:
+    def whole_step(self) -> float:
         """Seconds of one step that nothing inside it times."""
         with self.served.attention(self.method):
             begun = now()
             self.served.model(self.token, past_key_values=self.cache)
             return now() - begun
+
+    def steps(self) -> dict[str, float]:
+        """Seconds of one step by part, and of whole ones."""
+        seconds = self.observed_step()
+        with torch_forms():
+            seconds["unobserved"] = self.whole_step()
+        if self.has_kernels():
+            seconds["fused"] = self.whole_step()
+        return seconds
 
     def record(self, seconds: dict[str, float]) -> None:
         for part, of_part in seconds.items():
@@ -133,10 +171,12 @@ def parts(
 ) -> dict[str, dict]:
     """By method, median milliseconds of each of `PARTS` and in `total` of a decode step.
 
-    And `unobserved_ms` of a step that nothing inside it times. Medians are of `steps` steps after
-    the prompt, the methods in turn. Steps are not compiled: a compiled one has no parts. Raises
-    ValueError where the load generates fewer tokens than are timed.
+    And `unobserved_ms` of a step that nothing inside it times, both in the torch forms; where
+    kernels serve a bounded cache also `fused_ms`, of a step in them. Medians are of `steps` steps
+    after the prompt, the methods in turn. Steps are not compiled: a compiled one has no parts.
+    Raises ValueError where the load generates fewer tokens than are timed.
     """
+    # of a full cache, which fills up; a bounded one may take more
     needed = 2 * (WARM_UP + steps)
     if load.generate < needed:
         raise ValueError(
@@ -149,8 +189,7 @@ def parts(
     for i in range(WARM_UP + steps):
         for stepped in caches.values():
             progress("steps", i, WARM_UP + steps)
-            seconds = stepped.observed_step()
-            seconds["unobserved"] = stepped.unobserved_step()
+            seconds = stepped.steps()
             if i >= WARM_UP:
                 stepped.record(seconds)
     progress("steps", 1, 1)

@@ -7,17 +7,22 @@ step the dense weights, the mask token by token and the S x S low-rank weights.
 ones; bytes and peak memory.
 `score`: seconds and memory of whole sequences through dense attention, a policy alone, and LESS.
 `endurance`: very many tokens through one cache; fails where memory grows or a number overflows.
+`loads`: whole loads, prompt and answer, beside what a user would pick; recorded.
+`peers`: the same loads by kvpress, in an environment of its own; recorded.
 """
 
 import argparse
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from lesslib.bench import loads, peers
 from lesslib.bench.decoding import METHODS, DecodeCase, print_decode
 from lesslib.bench.endurance import Endurance, print_endurance
 from lesslib.bench.memory import print_memory
+from lesslib.bench.peer_environment import PeerMissing
 from lesslib.bench.scoring import print_scoring
 from lesslib.bench.shapes import MODELS
 from lesslib.bench.timing import DEVICE, DTYPE
@@ -25,6 +30,14 @@ from lesslib.bench.training import SCHEMES, print_training
 from lesslib.policies import H2O
 from lesslib.util.command_line import options
 from lesslib.util.hardware import keep_memory
+
+# What --quick makes of the options of `loads` and `peers`: a minute or two.
+QUICK: dict[str, Any] = {
+    "models": ("pico", "12x768"),
+    "lengths": ("512+128",),
+    "batches": (1, 8),
+    "runs": 3,
+}
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +89,42 @@ def add_endurance_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_options_of_loads(
+    parser: argparse.ArgumentParser, models: tuple[str, ...], lengths: tuple[str, ...]
+) -> None:
+    """What `loads` and `peers` have in common."""
+    options(
+        parser,
+        models=(models, "shapes of random models", MODELS),
+        lengths=(lengths, "prompt + answer, in tokens"),
+        batches=((1, 8), "rows at once"),
+        budget=(204, "tokens that bounded caches hold"),
+        hidden=(128, "width of the kernels"),
+        runs=(3, "replicates, the methods in turn"),
+        quick=(False, "pico and 12x768 at 512+128 alone"),
+        fresh=(False, "also measure again what is recorded"),
+    )
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    add_options_of_loads(parser, loads.MODELS, loads.LENGTHS)
+    options(
+        parser,
+        methods=(loads.METHODS, "in this order", loads.METHODS),
+        limit=(60.0, "minutes; a load that would take longer is left out"),
+    )
+
+
+def add_peer_options(parser: argparse.ArgumentParser) -> None:
+    add_options_of_loads(parser, peers.MODELS_MEASURED, peers.LENGTHS)
+    options(
+        parser,
+        methods=(peers.OURS, "of ours", ("Baseline", "Baseline+", "LESS")),
+        presses=(peers.PRESSES, "of kvpress", peers.PRESSES),
+        interval=(peers.PeersCase.interval, "steps between two compressions of kvpress"),
+    )
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m lesslib.bench",
@@ -87,6 +136,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_decoding_options(commands.add_parser("decode"))
     add_scoring_options(commands.add_parser("score"))
     add_endurance_options(commands.add_parser("endurance"))
+    add_load_options(commands.add_parser("loads"))
+    add_peer_options(commands.add_parser("peers"))
     return parser.parse_args(argv)
 
 
@@ -130,6 +181,41 @@ def run_decoding(arguments: argparse.Namespace) -> None:
         print_decode(case)
 
 
+def checked(case: Any, settings: dict[str, Any]) -> Any:
+    """A `case` of the `settings`, --quick taken into account.
+
+    Raises SystemExit for loads that cannot be.
+    """
+    if settings.pop("quick"):
+        settings |= QUICK
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+    }
+    made = case(**fields)
+    try:
+        made.each()
+    except ValueError as error:
+        raise SystemExit(f"python -m lesslib.bench: {error}") from error
+    return made
+
+
+def run_loads(settings: dict[str, Any]) -> None:
+    keep_memory()
+    fresh = settings.pop("fresh")
+    loads.compare_loads(checked(loads.LoadsCase, settings), fresh)
+
+
+def run_peers(settings: dict[str, Any]) -> None:
+    keep_memory()
+    fresh = settings.pop("fresh")
+    try:
+        peers.compare_peers(checked(peers.PeersCase, settings), fresh)
+    except PeerMissing as error:
+        raise SystemExit(
+            f"kvpress cannot be installed here, so nothing is compared.\n{error}"
+        ) from error
+
+
 def main(argv: list[str] | None = None) -> None:
     """`python -m lesslib.bench`."""
     arguments = parse(argv)
@@ -141,5 +227,9 @@ def main(argv: list[str] | None = None) -> None:
         print_scoring(**settings)
     elif command == "endurance":
         print_endurance(Endurance(**settings))
+    elif command == "loads":
+        run_loads(settings)
+    elif command == "peers":
+        run_peers(settings)
     else:
         run_decoding(arguments)

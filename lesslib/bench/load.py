@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from lesslib.bench.shapes import MODELS
@@ -49,3 +50,63 @@ class Load:
     def length(self) -> int:
         """Tokens of a row at the end."""
         return self.prompt + self.generate
+
+    @property
+    def budget(self) -> int:
+        """H2O's slots: an even number, at least 4."""
+        return max(4, int(self.fraction * self.length) // 2 * 2)
+
+
+@dataclass(frozen=True)
+class LoadOfSlots(Load):
+    """A load whose budget is `slots` tokens at any length; `fraction` says nothing."""
+
+    slots: int = 204
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slots < 4 or self.slots % 2:
+            raise ValueError(f"budget is {self.slots}: give an even number, at least 4")
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, budget {self.slots}"
+
+    @property
+    def budget(self) -> int:
+        return self.slots
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Every model, length ("2048+256": prompt and answer) and batch, by each of some methods.
+
+    All hold `budget` tokens, whatever the length; kernels are `hidden` wide. Each load has `runs`
+    replicates.
+    """
+
+    models: tuple[str, ...]
+    lengths: tuple[str, ...]
+    batches: tuple[int, ...]
+    methods: tuple[str, ...]
+    budget: int = 204
+    hidden: int = 128
+    runs: int = 3
+
+    def each(self) -> list[LoadOfSlots]:
+        """In the order in which they are measured. Raises ValueError for one that cannot be."""
+        loads = []
+        for model, words, batch in itertools.product(self.models, self.lengths, self.batches):
+            prompt, generate = tokens_of(words)
+            load = LoadOfSlots(
+                model, prompt, generate, batch, hidden=self.hidden, slots=self.budget
+            )
+            loads.append(load)
+        return loads
+
+
+def tokens_of(words: str) -> tuple[int, int]:
+    """(prompt, generate) of "2048+256". Raises ValueError for other words."""
+    prompt, _, generate = words.partition("+")
+    if not (prompt.isdecimal() and generate.isdecimal()):
+        raise ValueError(f"length {words!r}: give the tokens of prompt and answer, as in 2048+256")
+    return int(prompt), int(generate)

@@ -21,11 +21,14 @@ from lesslib.states import Kernels
 # transformers' two full caches: one that grows, one that is allocated at once
 FULL_DYNAMIC = "Full, dynamic"
 FULL_STATIC = "Full, static"
+# the latter with steps that are compiled, whatever the load says
+FULL_COMPILED = "Full, compiled"
+FULL = (FULL_DYNAMIC, FULL_STATIC, FULL_COMPILED)
 METHODS = (FULL_DYNAMIC, FULL_STATIC, "Baseline", "Baseline+", "LESS")
 
 
 def is_full(method: str) -> bool:
-    return method in (FULL_DYNAMIC, FULL_STATIC)
+    return method in FULL
 
 
 class ServedModel:
@@ -35,17 +38,18 @@ class ServedModel:
         self.load = load
         self.model = cast(Any, random_model(load.model))
         self.shape = model_shape(self.model)
-        # an even number of slots, at least 4
-        budget = max(4, int(load.fraction * load.length) // 2 * 2)
-        self.policy = H2O.from_budget(budget)
+        self.policy = H2O.from_budget(load.budget)
         self.kernels = random_kernels(self.model, load.hidden).to(DEVICE, DTYPE)
-        self.step = self._step()
-
-    def _step(self) -> Any:
-        if not self.load.compiled:
-            return self.model
+        # nothing is compiled before its first call
         mode = "reduce-overhead" if DEVICE.type == "cuda" else None
-        return torch.compile(self.model, fullgraph=True, dynamic=False, mode=mode)
+        self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False, mode=mode)
+
+    def step(self, method: str) -> Any:
+        """The model, as a decode step of `method` calls it."""
+        # a cache that grows would be compiled again at every length
+        may_compile = method != FULL_DYNAMIC
+        is_compiled = method == FULL_COMPILED or self.load.compiled
+        return self.compiled if may_compile and is_compiled else self.model
 
     def policy_of(self, method: str) -> H2O:
         """The policy of a bounded method; Baseline+ spends the bytes of LESS's state on slots."""
@@ -56,10 +60,10 @@ class ServedModel:
 
     def cache(self, method: str) -> Any:
         """An empty cache of `method`."""
-        if method == FULL_STATIC:
-            return StaticCache(config=self.model.config, max_cache_len=self.load.length)
         if method == FULL_DYNAMIC:
             return DynamicCache(config=self.model.config)
+        if is_full(method):
+            return StaticCache(config=self.model.config, max_cache_len=self.load.length)
         return LessCache(self.model, self.policy_of(method), self.kernels_of(method))
 
     def row_bytes(self, method: str) -> float:
@@ -79,14 +83,16 @@ class ServedModel:
     def weight_bytes(self, method: str) -> int:
         """Bytes of weights that every step reads: the model's and the kernels'.
 
-        The table of input embeddings does not count: a step reads one row of it.
+        The table of input embeddings does not count, as a step reads one row of it, unless it is
+        the output's as well.
         """
         model = sum(p.nbytes for p in self.model.parameters())
-        embeddings = self.model.get_input_embeddings().weight.nbytes
+        if not self.model.config.tie_word_embeddings:
+            model -= self.model.get_input_embeddings().weight.nbytes
         kernels = self.kernels_of(method)
         if kernels is None:
-            return model - embeddings
-        return model - embeddings + sum(p.nbytes for p in kernels.parameters())
+            return model
+        return model + sum(p.nbytes for p in kernels.parameters())
 
     def rows(self, method: str) -> int:
         """The load's batch, or as many rows as its `cache_mib` holds, at least one."""
@@ -109,14 +115,16 @@ class ServedModel:
         return logits[:, -1:].argmax(-1)
 
     def run(self, method: str, generate: int, batch: int) -> dict[str, float]:
-        """Seconds of the prompt and of `generate` tokens after it in `batch` rows.
+        """`answer` to a random prompt of the load's length in `batch` rows."""
+        return self.answer(method, self.random_prompt(batch), generate)
+
+    def answer(self, method: str, ids: Tensor, generate: int) -> dict[str, float]:
+        """Seconds of the prompt `ids` [batch, S] and of `generate` tokens after it.
 
         And the bytes that the cache then holds.
         """
         cache = self.cache(method)
-        ids = self.random_prompt(batch)
-        # a cache that grows would be compiled again at every length
-        step = self.model if method == FULL_DYNAMIC else self.step
+        step = self.step(method)
         with torch.no_grad(), self.attention(method):
             begun = now()
             token = self.read_prompt(ids, cache)
@@ -127,11 +135,12 @@ class ServedModel:
         return {
             "prompt": read - begun,
             "decode": written - read,
-            "bytes": _held_bytes(method, cache),
+            "bytes": held_bytes(method, cache),
         }
 
 
-def _held_bytes(method: str, cache: Any) -> int:
+def held_bytes(method: str, cache: Any) -> int:
+    """Bytes of keys, values, and all else that a cache of `method` holds."""
     if is_full(method):
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     return cache.nbytes()

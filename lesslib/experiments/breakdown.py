@@ -86,25 +86,27 @@ def verdicts(record: dict) -> Iterator[Verdict]:
 
 # ---------------------------------------------------------------------- tables and figures
 def table(record: dict) -> Markdown:
-    """Milliseconds a step by method and part; a dash where a method has no such part."""
+    """Milliseconds a step by method and part; a dash where a method has no such part.
+
+    They are of the torch forms: kernels do several parts in one piece. Where kernels served, a last
+    column has the whole step in them.
+    """
     _, methods = methods_of(record)
+    columns = {
+        "decoding": "decoding",
+        "eviction": "eviction",
+        "kernels": "kernels (eqs 1, 2)",
+        "synthesis": "synthesis (eq 3)",
+        "update": "update (eqs 4, 5)",
+        "total": "sum",
+        "unobserved": "unobserved",
+    }
+    if any("fused_ms" in row for row in methods.values()):
+        columns["fused"] = "in fused kernels"
     lines = []
     for method, row in methods.items():
-        measured = [row.get(f"{part}_ms") for part in (*PARTS, "total", "unobserved")]
-        lines.append([method, *measured])
-    return plots.table(
-        [
-            "method",
-            "decoding",
-            "eviction",
-            "kernels (eqs 1, 2)",
-            "synthesis (eq 3)",
-            "update (eqs 4, 5)",
-            "sum",
-            "unobserved",
-        ],
-        lines,
-    )
+        lines.append([method, *(row.get(f"{part}_ms") for part in columns)])
+    return plots.table(["method", *columns.values()], lines)
 
 
 def figure(record: dict) -> Figure:

@@ -18,9 +18,10 @@ from lesslib.bench import (
     serve,
     serving,
 )
-from lesslib.bench.breakdown import parts_timed
+from lesslib.bench.breakdown import SteppedCache, parts_timed
 from lesslib.bench.served_model import ServedModel
 from lesslib.bench.timing import copy_bandwidth
+from lesslib.ops import dispatch
 from lesslib.reporting import plots
 
 SMALL = Load("pico", 40, 12, 3, hidden=16)
@@ -123,7 +124,9 @@ def test_a_clock_gives_each_part_what_parts_inside_it_do_not_take():
     assert clock.seconds == {"inner": 3, "middle": 3, "outer": 3}
 
 
-def test_parts_are_timed_within_the_context_alone_and_change_no_result():
+def test_parts_are_timed_within_the_context_alone_and_change_no_result(monkeypatch):
+    # kernels round otherwise, and the parts are of the torch forms
+    monkeypatch.setenv("LESS_OPS", "torch")
     served = ServedModel(SMALL)
     ids = torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     logits = []
@@ -161,6 +164,44 @@ def test_the_parts_of_a_step():
         ValueError, match="generate is 23: 4 steps timed in two ways need at least 24"
     ):
         parts(Load("pico", 40, 23, 2), steps=4)
+
+
+@pytest.mark.parametrize("form", [None, "torch", "cpu"])
+def test_parts_run_in_the_torch_forms_alone(monkeypatch, form):
+    if form is None:
+        monkeypatch.delenv("LESS_OPS", raising=False)
+    else:
+        monkeypatch.setenv("LESS_OPS", form)
+    with parts_timed(ServedModel(SMALL).cache("LESS"), Clock(now)):
+        assert dispatch.forced_form() == "torch"
+    assert dispatch.forced_form() == form
+
+
+def test_where_kernels_serve_the_step_in_them_stands_beside_the_parts(monkeypatch):
+    """With the torch forms in place of kernels: which of the two ran is seen by $LESS_OPS."""
+    monkeypatch.delenv("LESS_OPS", raising=False)
+    forms = []
+    whole_step = SteppedCache.whole_step
+
+    def noted_step(self):
+        forms.append((self.method, dispatch.forced_form()))
+        return whole_step(self)
+
+    monkeypatch.setattr(SteppedCache, "whole_step", noted_step)
+    monkeypatch.setattr(SteppedCache, "has_kernels", lambda self: self.method == "LESS")
+    found = parts(Load("pico", 40, 24, 2, hidden=16), ("Full, static", "LESS"), steps=4)
+    assert set(forms) == {("Full, static", "torch"), ("LESS", "torch"), ("LESS", None)}
+    assert "fused_ms" not in found["Full, static"]
+    assert found["LESS"]["fused_ms"] > 0
+
+
+def test_a_full_cache_has_no_kernels_and_forced_torch_forms_have_none(monkeypatch):
+    monkeypatch.setenv("LESS_OPS", "torch")
+    for method in ("Full, static", "LESS"):
+        stepped = SteppedCache(ServedModel(SMALL), method)
+        with torch.no_grad():
+            stepped.read_prompt()
+        assert not stepped.has_kernels()
 
 
 def test_parts_are_of_as_many_rows_as_are_served(monkeypatch):

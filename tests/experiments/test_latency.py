@@ -81,3 +81,15 @@ def test_verdicts_on_a_steps_overhead(less, holds):
     methods = {"Baseline+": {"unobserved_ms": 1.0}, "LESS": {"unobserved_ms": less}}
     (verdict,) = breakdown.verdicts({"points": {"a load": {"methods": methods}}})
     assert (verdict.holds, verdict.numbers) == (holds, f"{less - 1:+.1%}")
+
+
+def test_the_table_of_parts_has_the_step_in_kernels_where_it_was_timed():
+    columns = ("decoding", "eviction", "total", "unobserved")
+    rows = {m: {f"{c}_ms": 1.0 for c in columns} for m in ("Full, static", "LESS")}
+    record = {"points": {"a load": {"methods": rows}}}
+    before = breakdown.table(record).data.splitlines()
+    rows["LESS"]["fused_ms"] = 0.5
+    after = breakdown.table(record).data.splitlines()
+    assert after[0] == f"{before[0]} in fused kernels |"
+    assert after[-1].endswith(" 1.000 | 0.500 |")
+    assert "fused" not in before[0]
