@@ -15,6 +15,7 @@ import importlib
 import os
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,12 @@ def warn_without_numba() -> None:
 
 
 def step_kernels(x: Tensor) -> ModuleType | None:
-    """The kernels of a step: `decode_step`, `attend_step`, `read`, `absorb`, `phi` and `psi`."""
+    """The kernels of a step: `decode_step`, `attend_step`, `read`, `absorb`, `phi` and `psi`.
+
+    They keep no gradients, so the torch forms serve wherever gradients are enabled.
+    """
+    if torch.is_grad_enabled():
+        return None
     return kernels_for(x)
 
 
@@ -95,17 +101,26 @@ def sequence_kernels(
 ) -> ModuleType | None:
     """The kernels that take all steps of a sequence at once; None: the torch forms.
 
-    They serve policies with a rule, without gradients.
+    They serve policies with a rule, without gradients. Raises RuntimeError where $LESS_OPS names
+    kernels that do not know the rule.
     """
     needs_gradients = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad
     )
-    if rule is None or needs_gradients:
+    if needs_gradients:
         return None
     kernels = kernels_for(q)
-    if kernels is None or rule.name not in kernels.SEQUENCE_RULES:
+    if kernels is None:
         return None
-    return kernels
+    if rule is not None and rule.name in kernels.SEQUENCE_RULES:
+        return kernels
+    if forced_form() is not None:
+        name = "a policy without a rule" if rule is None else f"the rule {rule.name!r}"
+        raise RuntimeError(
+            f"LESS_OPS={forced_form()} has no kernel of a whole sequence for {name}:"
+            " unset it, or choose another policy"
+        )
+    return None
 
 
 def lowrank_part(phi: Tensor, psi: Tensor, v: Tensor) -> Part:
@@ -114,3 +129,39 @@ def lowrank_part(phi: Tensor, psi: Tensor, v: Tensor) -> Part:
     if kernels is triton:
         return part_of_sums(*triton.lowrank_attention(phi, psi, v))
     return part_of_sums(*scan.lowrank_attention(phi, psi, v))
+
+
+def name_of(kernels: ModuleType | None) -> str:
+    """How $LESS_OPS calls a form."""
+    if kernels is None:
+        return "torch"
+    return "triton" if kernels is triton else "cpu"
+
+
+@torch.no_grad()
+def chosen(model: Any, policy: Any, state: Any = None) -> dict[str, str]:
+    """Which form runs every operation for a model, a policy and a state: "torch", "cpu" or
+    "triton".
+
+        chosen(model, H2O(25, 25), kernels)["a decode step's attention"]
+
+    Of steps that torch.compile does not trace, and without gradients: both keep to torch. Raises as
+    the operations would.
+    """
+    x = torch.empty(0, dtype=model.dtype, device=model.device)
+    rule = policy.rule()
+    step = step_kernels(x)
+    knows_rule = step is not None and rule is not None and rule.name in step.STEP_RULES
+    forms = {
+        "a sequence's steps": name_of(sequence_kernels(rule, x, x, x)),
+        "a prompt's column sums": name_of(prompt_kernels(x)),
+        "a decode step's attention": name_of(step),
+        "a decode step's eviction": name_of(step if knows_rule else None),
+    }
+    if state is None:
+        return forms
+    own = getattr(state[0], "kernel_operations", frozenset())
+    for operation in ("phi", "psi", "read", "absorb"):
+        forms[operation] = name_of(step if operation in own else None)
+    forms["a sequence's state"] = "torch" if step is not triton else name_of(step)
+    return forms

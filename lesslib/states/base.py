@@ -38,6 +38,8 @@ class State(nn.Module):
     name: ClassVar[str]
     # True for the state that remembers nothing, whose part is left out of the merge.
     is_empty: ClassVar[bool] = False
+    # Of phi, psi, read and absorb those that kernels of lesslib.ops have.
+    kernel_operations: ClassVar[frozenset[str]] = frozenset()
     # Set by the trainer of layers: while training, features may be computed in half precision.
     trains_in_half: bool = False
 

@@ -36,6 +36,8 @@ class LowRank(State):
     head: H [B, Hkv, R, Dv] and z [B, Hkv, R].
     """
 
+    kernel_operations = frozenset({"read", "absorb"})
+
     def __init__(self, heads: int, kv_heads: int, head_dim: int, kernel_size: int) -> None:
         super().__init__(heads, kv_heads, head_dim)
         self.kernel_size = kernel_size
@@ -48,6 +50,10 @@ class LowRank(State):
             cls.fused_phi = LowRank.fused_phi  # type: ignore[method-assign]
         if "psi" in own and "fused_psi" not in own:
             cls.fused_psi = LowRank.fused_psi  # type: ignore[method-assign]
+        features = {"phi": cls.fused_phi, "psi": cls.fused_psi}
+        of_the_base = (LowRank.fused_phi, LowRank.fused_psi)
+        fused = {name for name, method in features.items() if method not in of_the_base}
+        cls.kernel_operations = LowRank.kernel_operations | fused
 
     def phi(self, q: Tensor) -> Tensor:
         """Features of queries: [B, Hq, S, D] -> [B, Hq, S, R], at least 0."""

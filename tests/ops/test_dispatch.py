@@ -11,7 +11,9 @@ import torch
 import lesslib.ops
 from lesslib import H2O, TOVA, Full, Lambda
 from lesslib.attention import whole_sequence
+from lesslib.attention.fit import model_shape
 from lesslib.ops import dispatch, kernel_cache, triton
+from lesslib.states import LayerKernels, LayerPerformer
 from lesslib.util.paths import ROOT
 
 ON_CPU = torch.zeros(2)
@@ -224,3 +226,29 @@ def test_numba_is_imported_with_the_first_kernel_and_not_before():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == ["False", "True"]
+
+
+def test_a_forced_form_refuses_a_policy_whose_sequence_it_has_no_kernel_for(cpu, monkeypatch):
+    q = torch.randn(1, 2, 9, 4)
+    monkeypatch.setenv("LESS_OPS", "cpu")
+    with pytest.raises(RuntimeError, match="LESS_OPS=cpu has no kernel of a whole sequence"):
+        dispatch.sequence_kernels(None, q, q, q)
+
+
+def test_chosen_says_which_form_runs_every_operation(cpu, llama, monkeypatch):
+    policy = H2O(2, 2)
+    kernels = LayerKernels.for_model(model_shape(llama), kernel_size=3, hidden=8)
+    forms = lesslib.ops.chosen(llama, policy, kernels)
+    torch_alone = {"a prompt's column sums", "a sequence's state"}
+    assert {name for name, form in forms.items() if form == "torch"} == torch_alone
+    assert set(forms.values()) == {"torch", "cpu"}
+    monkeypatch.setenv("LESS_OPS", "torch")
+    assert set(lesslib.ops.chosen(llama, policy, kernels).values()) == {"torch"}
+    monkeypatch.delenv("LESS_OPS")
+    performer = LayerPerformer.for_model(
+        model_shape(llama), kernel_size=3, generator=torch.Generator()
+    )
+    forms = lesslib.ops.chosen(llama, policy, performer)
+    assert (forms["phi"], forms["read"]) == ("torch", "cpu")
+    with pytest.raises(AttributeError, match="chose"):
+        lesslib.ops.chose  # noqa: B018

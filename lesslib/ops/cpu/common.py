@@ -23,7 +23,7 @@ from lesslib.ops.kernel_cache import cache_folder
 try:
     import numba
 except ImportError:
-    numba = None  # type: ignore[assignment]
+    numba = None
 
 # Sums may be reordered and fused, so that loops run in SIMD; NaN and infinities keep their meaning.
 # Quotients stay quotients: the reciprocal of a number far below normal ones is infinite.
