@@ -167,7 +167,8 @@ def idle_worker() -> Worker:
 
 def rows_for_a_thread(work: int) -> int:
     """So many rows are worth a thread, at `work` multiplications and additions a row."""
-    return -(-WORTH_A_THREAD // work)
+    # Where there is nothing to do, as in a turn after which nobody leaves, any number is right.
+    return -(-WORTH_A_THREAD // max(work, 1))
 
 
 def over_rows(kernel: Callable, rows: int, *arguments: Any, at_once: int = 1) -> None:
