@@ -167,7 +167,8 @@ def idle_worker() -> Worker:
 
 def rows_for_a_thread(work: int) -> int:
     """So many rows are worth a thread, at `work` multiplications and additions a row."""
-    return -(-WORTH_A_THREAD // work)
+    # A block of a prompt may evict nobody, which is no work.
+    return -(-WORTH_A_THREAD // max(1, work))
 
 
 def over_rows(kernel: Callable, rows: int, *arguments: Any, at_once: int = 1) -> None:
