@@ -140,3 +140,15 @@ def test_a_part_far_below_the_smallest_normal_number_stays_finite(size):
     assert output.isfinite().all()
     assert output.amax() <= 4
     assert logsumexp.isfinite().all()
+
+
+def test_no_tokens_change_nothing(draw):
+    kernels = LayerKernels(4, 2, 16, 8, 12).eval()
+    none = torch.zeros(2, 2, 0, 16)
+    assert kernels.fused_psi(cpu, none).shape == (2, 2, 0, 8)
+    assert kernels.fused_phi(cpu, torch.zeros(2, 4, 0, 16)).shape == (2, 4, 0, 8)
+    H, z = draw(2, 2, 8, 16), draw(2, 2, 8)
+    before = H.clone()
+    cpu.absorb(H, z, torch.zeros(2, 2, 0, 8), none, torch.zeros(2, 2, 0, dtype=torch.bool))
+    assert torch.equal(H, before)
+    assert cpu.read(torch.zeros(2, 4, 0, 8), H, z).output.shape == (2, 4, 0, 16)
