@@ -45,11 +45,14 @@ def case(**changes) -> PeersCase:
     return PeersCase(**fields | changes)
 
 
-# one token in one cache: 4 layers, keys and values of 192 numbers, 2 rows
-TOKEN = 4 * 2 * 192 * 4 * 2
+# one token in one cache: 4 layers, keys and values of 3 heads of 32, 2 rows
+TOKEN = 4 * 2 * 3 * 32 * 4 * 2
 
 
-def test_both_serve_the_same_load_and_their_bytes_are_read_at_every_step(stand_in):
+def test_both_serve_the_same_load_and_their_bytes_are_read_at_every_step(stand_in, monkeypatch):
+    """Of grouped heads and tied tables; logits are compared with ours on the way."""
+    grouped = peers.MODELS["pico"] | {"tie_word_embeddings": True, "num_key_value_heads": 3}
+    monkeypatch.setitem(peers.MODELS, "pico", grouped)
     (load,) = case().each()
     found = measure_peers(case(), load, stand_in)
     assert found["peer"]["kvpress"] == "0.0"
@@ -68,15 +71,6 @@ def test_both_serve_the_same_load_and_their_bytes_are_read_at_every_step(stand_i
     # compressed from the start
     tokens = [held / TOKEN for held in rows["PrefillDecodingPress"]["bytes"]]
     assert tokens[:30] == [*range(20, 30)] * 3
-
-
-def test_tied_tables_reach_the_peer(stand_in, monkeypatch):
-    tied = peers.MODELS["pico"] | {"tie_word_embeddings": True, "num_key_value_heads": 3}
-    monkeypatch.setitem(peers.MODELS, "pico", tied)
-    small = case(runs=1, methods=("LESS",), presses=("DecodingPress",))
-    (load,) = small.each()
-    # its logits are compared with ours on the way
-    assert list(measure_peers(small, load, stand_in)["methods"]) == ["LESS", "DecodingPress"]
 
 
 def test_another_model_over_there_is_refused():
@@ -107,21 +101,33 @@ def test_the_course_of_bytes_in_words(held, words):
     assert course_of_bytes(held) == words
 
 
-def test_the_command_prints_records_and_resumes(stand_in, monkeypatch, capsys):
-    monkeypatch.setattr(peer_environment, "peer_python", lambda: stand_in)
-    words = "peers --models pico --lengths 40+12 --batches 2 --budget 20 --hidden 8 --runs 1"
+def answered(held: list[int]) -> dict:
+    return {"prompt_s": [1.0, 3.0, 2.0], "decode_s": [2.0] * 3, "seconds": 4.0, "bytes": held}
+
+
+def test_the_command_prints_records_and_resumes(monkeypatch, capsys):
+    def measured(case, load, python):
+        rows = {"LESS": answered([2**20] * 3), "DecodingPress": answered([3, 4, 2])}
+        rows["DecodingPress"]["seconds"] = 6.0
+        return {"methods": rows, "peer": {"kvpress": "0.0", "torch": "1"}}
+
+    monkeypatch.setattr(peer_environment, "peer_python", lambda: Path(sys.executable))
+    monkeypatch.setattr(peers, "measure_peers", measured)
+    words = "peers --models pico --lengths 40+12 --batches 2 --budget 20 --hidden 8"
+    words += " --methods LESS --presses DecodingPress"
     command.main(words.split())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("pico 40+12, batch 2, budget 20, kernels 8 wide; ")
-    assert lines[1].startswith("the peer: kvpress 0.0, torch ")
-    assert lines[1].endswith("KnormPress, every 10 steps")
-    names = ["Baseline", "LESS", "PrefillDecodingPress", "DecodingPress"]
-    assert [line.split()[0] for line in lines[3:7]] == names
-    assert lines[4].split()[-1] == "1.00"
-    assert "LESS: cache of" in lines[8]
-    assert "at every step" in lines[8]
-    entries = BenchmarkRecord("peers").entries()
-    assert set(entries["pico 40+12, batch 2, budget 20"]["methods"]) == set(names)
+    assert lines[1] == "the peer: kvpress 0.0, torch 1; KnormPress, every 10 steps"
+    both = "2.00 (1.00 to 3.00) 2.00 (2.00 to 2.00) 4.00 (3.00 to 5.00)"
+    assert [" ".join(line.split()) for line in lines[3:5]] == [
+        f"LESS {both} 1.00",
+        f"DecodingPress {both} 1.50",
+    ]
+    assert lines[5].strip() == "LESS: cache of 1.000 MiB at every step"
+    assert lines[6].strip().startswith("DecodingPress: cache of 0.000 MiB after the prompt")
+    (entry,) = BenchmarkRecord("peers").entries().values()
+    assert entry["parameters"]["interval"] == 10
     # not measured again, and no environment made
     monkeypatch.setattr(peer_environment, "peer_python", lambda: pytest.fail("made again"))
     command.main(words.split())
