@@ -160,7 +160,7 @@ def chosen(model: Any, policy: Any, state: Any = None) -> dict[str, str]:
     }
     if state is None:
         return forms
-    own = getattr(state[0], "kernel_operations", frozenset())
+    own: frozenset[str] = getattr(state[0], "kernel_operations", frozenset())
     for operation in ("phi", "psi", "read", "absorb"):
         forms[operation] = name_of(step if operation in own else None)
     forms["a sequence's state"] = "torch" if step is not triton else name_of(step)
