@@ -98,7 +98,7 @@ def test_all_methods_of_a_load_are_measured_in_turn(monkeypatch):
     monkeypatch.setattr(ServedModel, "answer", noted_answer)
     (load,) = SMALL.each()
     rows = measure_load(SMALL, load)
-    short = [("Full, static", 40, 8)] * 2 + [("LESS", 40, 8)] * 2
+    short = [("Full, static", 40, 8)] * 4 + [("LESS", 40, 8)] * 4
     assert turns == short + [("Full, static", 40, 12), ("LESS", 40, 12)] * 2
     for row in rows.values():
         assert len(row["prompt_s"]) == len(row["decode_s"]) == 2
@@ -166,6 +166,17 @@ def test_a_longer_prompt_and_answer_are_expected_to_take_longer():
     # 2 rows, 4 layers, 192 wide, keys and values, read, written and read again by every step
     copied = 3 * 2 * 4 * 2 * 192 * 4 * (256 + 11)
     assert seconds(FULL_DYNAMIC, 256, 11) == pytest.approx(1 + 10 * (0.1 + copied / 1e9))
+
+
+def test_one_slow_moment_while_warming_up_changes_no_expectation(monkeypatch):
+    prompts = iter([50.0, 3.0, 90.0, 2.0])
+
+    def answer(self, method, ids, generate):
+        return {"prompt": next(prompts), "decode": 0.7, "bytes": 1}
+
+    monkeypatch.setattr(ServedModel, "answer", answer)
+    served = ServedModel(LoadOfSlots("pico", 256, 11, 2, hidden=8))
+    assert loads.warm_up(served, ("LESS",), bandwidth=1e9) == pytest.approx(2 + 10 * 0.1)
 
 
 def test_a_load_that_would_take_too_long_is_left_out_with_a_line(capsys, monkeypatch):
