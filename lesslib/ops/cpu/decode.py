@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lesslib.ops.cpu.common import LIKE, jit, over_rows, rows_for_a_thread, tensor_at
 from lesslib.ops.cpu.elementary import exponential, widened, zero_like
+from lesslib.ops.cpu.steps import highest_of
 from lesslib.ops.merge import Part
 from lesslib.ops.rules import EvictionRule
 from lesslib.ops.slots import AttendResult, Slots, StepResult
@@ -229,27 +230,6 @@ def weighted_values(
 
 
 @jit
-def highest_of(
-    x,  # [N]
-):
-    """The highest number; four maxima at once, as each waits for the one before it."""
-    N = x.shape[0]
-    h0 = x[0]
-    h1 = h0
-    h2 = h0
-    h3 = h0
-    whole = N - N % FOUR
-    for j in range(0, whole, FOUR):
-        h0 = max(h0, x[j])
-        h1 = max(h1, x[j + 1])
-        h2 = max(h2, x[j + 2])
-        h3 = max(h3, x[j + 3])
-    for j in range(whole, N):
-        h0 = max(h0, x[j])
-    return max(max(h0, h1), max(h2, h3))
-
-
-@jit
 def softmax_of_slots(
     logits,  # [N], become probabilities
     position,  # [N], -1 for an empty slot
@@ -259,7 +239,7 @@ def softmax_of_slots(
     lowest = logits.dtype.type(LOWEST)
     for j in range(N):
         logits[j] = logits[j] if position[j] >= 0 else lowest
-    highest = highest_of(logits)
+    highest = highest_of(logits, N)
     total = zero_like(highest)
     for j in range(N):
         weight = exponential(logits[j] - highest)
