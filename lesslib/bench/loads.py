@@ -19,12 +19,12 @@ import torch
 from lesslib.bench.latency import WARM_UP, Measurements, run_rows_that_fit, summary
 from lesslib.bench.load import Load, Loads
 from lesslib.bench.record import BenchmarkRecord, when, where
-from lesslib.bench.served_model import FULL, FULL_DYNAMIC, ServedModel
+from lesslib.bench.served_model import FULL, FULL_DYNAMIC, LESS_STREAMING, ServedModel
 from lesslib.bench.timing import DEVICE, copy_bandwidth
 from lesslib.util.progress import clear_context, minutes, progress, set_context
 
 # what a user would pick, beside ours
-METHODS = (*FULL, "Baseline", "Baseline+", "LESS")
+METHODS = (*FULL, "Baseline", "Baseline+", "LESS", LESS_STREAMING)
 LENGTHS = ("512+128", "2048+256", "8192+256")
 MODELS = ("pico", "12x768", "smollm2-135m")
 # tokens of the prompts that warm up, and tell how long the whole load will take
@@ -41,11 +41,16 @@ class LoadsCase(Loads):
 
 
 # ---------------------------------------------------------------------- how long it will take
-def work(served: ServedModel, tokens: int) -> int:
-    """Multiply-adds of a prompt of `tokens` in one row, nearly: weights, and dense attention."""
+def work(served: ServedModel, method: str, tokens: int) -> int:
+    """Multiply-adds of a prompt of `tokens` in one row, nearly: weights, and attention.
+
+    In a streaming prompt each query attends what the policy holds, otherwise all before it.
+    """
     shape = served.shape
     weights = served.weight_bytes(FULL_DYNAMIC) // served.model.dtype.itemsize
-    attention = 2 * shape["layers"] * shape["heads"] * shape["head_dim"] * tokens
+    is_bounded = method == LESS_STREAMING
+    attended = min(tokens, served.load.budget) if is_bounded else tokens
+    attention = 2 * shape["layers"] * shape["heads"] * shape["head_dim"] * attended
     return tokens * (weights + attention)
 
 
@@ -55,7 +60,7 @@ def expected_seconds(
     """Seconds of a run of `method`, from what a short prompt and `WARM_UP` tokens `took`."""
     load = served.load
     short = min(SHORT_PROMPT, load.prompt)
-    prompt = took["prompt"] * work(served, load.prompt) / work(served, short)
+    prompt = took["prompt"] * work(served, method, load.prompt) / work(served, method, short)
     step = took["decode"] / (WARM_UP - 1)
     if method == FULL_DYNAMIC:
         # it had few tokens; with many, each step copies them all, then reads them

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -24,11 +24,17 @@ FULL_STATIC = "Full, static"
 # the latter with steps that are compiled, whatever the load says
 FULL_COMPILED = "Full, compiled"
 FULL = (FULL_DYNAMIC, FULL_STATIC, FULL_COMPILED)
+# LESS whose policy already evicts while it reads the prompt, which no query then sees as a whole
+LESS_STREAMING = "LESS, streaming"
 METHODS = (FULL_DYNAMIC, FULL_STATIC, "Baseline", "Baseline+", "LESS")
 
 
 def is_full(method: str) -> bool:
     return method in FULL
+
+
+def has_state(method: str) -> bool:
+    return method in ("LESS", LESS_STREAMING)
 
 
 class ServedModel:
@@ -56,7 +62,7 @@ class ServedModel:
         return self.policy.plus(KERNEL_SIZE // 2) if method == "Baseline+" else self.policy
 
     def kernels_of(self, method: str) -> Kernels | None:
-        return self.kernels if method == "LESS" else None
+        return self.kernels if has_state(method) else None
 
     def cache(self, method: str) -> Any:
         """An empty cache of `method`."""
@@ -64,7 +70,12 @@ class ServedModel:
             return DynamicCache(config=self.model.config)
         if is_full(method):
             return StaticCache(config=self.model.config, max_cache_len=self.load.length)
-        return LessCache(self.model, self.policy_of(method), self.kernels_of(method))
+        prefill: Literal["dense", "streaming"] = "dense"
+        if method == LESS_STREAMING:
+            prefill = "streaming"
+        return LessCache(
+            self.model, self.policy_of(method), self.kernels_of(method), prefill=prefill
+        )
 
     def row_bytes(self, method: str) -> float:
         """Bytes that the cache holds for each row at the end, by the formula.
@@ -75,7 +86,7 @@ class ServedModel:
             vectors = 2 * self.shape["layers"] * self.shape["kv_heads"] * self.load.length
             return vectors * self.shape["head_dim"] * DTYPE.itemsize
         policy = self.policy_of(method)
-        kernel_size = KERNEL_SIZE if method == "LESS" else 0
+        kernel_size = KERNEL_SIZE if has_state(method) else 0
         one_row = cache_bytes(self.shape, policy, kernel_size, 1, DTYPE)
         two_rows = cache_bytes(self.shape, policy, kernel_size, 2, DTYPE)
         return two_rows - one_row

@@ -7,7 +7,7 @@ from lesslib.bench import command, loads
 from lesslib.bench.load import Load, LoadOfSlots, Loads, tokens_of
 from lesslib.bench.loads import LoadsCase, expected_seconds, measure_load, measured_loads, work
 from lesslib.bench.record import BenchmarkRecord
-from lesslib.bench.served_model import FULL_DYNAMIC, ServedModel
+from lesslib.bench.served_model import FULL_DYNAMIC, LESS_STREAMING, ServedModel
 from lesslib.bench.shapes import MODELS
 
 SMALL = LoadsCase(("pico",), ("40+12",), (2,), ("Full, static", "LESS"), 20, 8, 2)
@@ -160,9 +160,11 @@ def test_a_longer_prompt_and_answer_are_expected_to_take_longer():
     # the prompt was as long; 7 steps took 0.7 s
     assert seconds("LESS", 256, 11) == pytest.approx(1 + 10 * 0.1)
     served = ServedModel(Load("pico", 256, 8, 2))
-    growth = work(served, 1024) / work(served, 256)
+    growth = work(served, "LESS", 1024) / work(served, "LESS", 256)
     assert 4 < growth < 16
     assert seconds("LESS", 1024, 11) == pytest.approx(growth + 10 * 0.1)
+    # past the budget each query attends as many tokens
+    assert seconds(LESS_STREAMING, 1024, 11) == pytest.approx(4 + 10 * 0.1)
     # 2 rows, 4 layers, 192 wide, keys and values, read, written and read again by every step
     copied = 3 * 2 * 4 * 2 * 192 * 4 * (256 + 11)
     assert seconds(FULL_DYNAMIC, 256, 11) == pytest.approx(1 + 10 * (0.1 + copied / 1e9))
