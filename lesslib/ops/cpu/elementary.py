@@ -54,6 +54,18 @@ def zero_like(x: Any) -> Any:
     return 0 * x
 
 
+def rank_of(x: Any) -> Any:
+    """An integer that is higher the higher x is, and highest for NaN: the highest of integers is
+    found in SIMD, that of numbers one by one, as one of them may be NaN.
+    """
+    return x
+
+
+def of_rank(rank: Any) -> Any:
+    """The number whose `rank_of` is an int32 or an int64."""
+    return rank
+
+
 def widened(x: Any) -> Any:
     """A number as sums take it: halves, from their bits, as float32; others as they are.
 
@@ -120,6 +132,37 @@ def float64_gelu(x):
 
 
 @jit_as_written
+def float32_rank(x):
+    return flipped_int32(bits_of_float32(x))
+
+
+@jit_as_written
+def float64_rank(x):
+    return flipped_int64(bits_of_float64(x))
+
+
+@jit_as_written
+def flipped_int32(bits):
+    # Of numbers below 0 all bits but the sign are flipped: the larger they are, the lower.
+    return np.int32(bits ^ np.int32(np.int32(bits >> 31) & np.int32(0x7FFFFFFF)))
+
+
+@jit_as_written
+def flipped_int64(bits):
+    return bits ^ ((bits >> 63) & np.int64(0x7FFFFFFFFFFFFFFF))
+
+
+@jit_as_written
+def float32_of_rank(rank):
+    return float32_of_bits(flipped_int32(rank))
+
+
+@jit_as_written
+def float64_of_rank(rank):
+    return float64_of_bits(flipped_int64(rank))
+
+
+@jit_as_written
 def widened_bfloat16(x):
     return float32_of_bits(np.int32(np.int32(x) << 16))
 
@@ -137,14 +180,22 @@ if numba is not None:
     from numba import types
     from numba.extending import intrinsic, overload
 
-    @intrinsic
-    def float32_of_bits(typing_context: Any, bits: Any) -> Any:
-        """The float32 whose bits an int32 holds."""
+    def bits_as(source: Any, target: Any) -> Any:
+        """A function that takes the bits of a `source` for a `target`."""
 
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+        @intrinsic
+        def cast(typing_context: Any, x: Any) -> Any:
+            def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                return builder.bitcast(arguments[0], context.get_value_type(target))
 
-        return types.float32(types.int32), code
+            return target(source), code
+
+        return cast
+
+    float32_of_bits = bits_as(types.int32, types.float32)
+    float64_of_bits = bits_as(types.int64, types.float64)
+    bits_of_float32 = bits_as(types.float32, types.int32)
+    bits_of_float64 = bits_as(types.float64, types.int64)
 
     # What numba compiles where one of the functions above is called.
     @overload(exponential)
@@ -164,6 +215,18 @@ if numba is not None:
         if x == types.float32:
             return lambda x: float32_zero(x)
         return lambda x: float64_zero(x)
+
+    @overload(rank_of)
+    def rank_by_type(x):
+        if x == types.float32:
+            return lambda x: float32_rank(x)
+        return lambda x: float64_rank(x)
+
+    @overload(of_rank)
+    def number_by_type(rank):
+        if rank == types.int32:
+            return lambda rank: float32_of_rank(rank)
+        return lambda rank: float64_of_rank(rank)
 
     @overload(widened)
     def widened_by_type(x):

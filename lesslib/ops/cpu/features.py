@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lesslib.ops.cpu.common import LIKE, jit, over_rows, rows_for_a_thread, tensor_at
 from lesslib.ops.cpu.elementary import gelu, widened, zero_like
-from lesslib.ops.cpu.steps import add_rows
+from lesslib.ops.cpu.rows import add_rows
 
 # Up to so many tokens of a batch the kernels are quicker than matmuls.
 FEW = 32

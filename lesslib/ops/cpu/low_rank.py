@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lesslib.ops.cpu.common import LIKE, jit, over_rows, rows_for_a_thread, tensor_at
 from lesslib.ops.cpu.elementary import widened, zero_like
-from lesslib.ops.cpu.steps import add_rows
+from lesslib.ops.cpu.rows import add_rows
 from lesslib.ops.merge import Part
 
 

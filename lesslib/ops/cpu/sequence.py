@@ -1,13 +1,15 @@
 """All decode steps of a sequence in one kernel, for scoring and training: eviction times and
 attention.
 
-One kernel for every rule. H2O and Lambda choose in every key-value head by itself; TOVA's heads
-choose together, so its kernel serves whole sequences of a batch.
+A kernel for every rule; `step_of_head` is what a key-value head does in a step under all of them.
+H2O and Lambda choose in every head by itself; TOVA's heads choose together, so its kernel serves
+whole sequences of a batch. Open `h2o_kernel` first.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,110 +17,185 @@ from torch import Tensor
 
 from lesslib.ops.blocks import NEVER, dense_logsumexp
 from lesslib.ops.cpu.common import array, jit, over_rows
-from lesslib.ops.cpu.steps import add_scaled, attend, enter, first_of_lowest
+from lesslib.ops.cpu.products import TILE_VECTORS, VECTOR_BYTES, write_product
+from lesslib.ops.cpu.steps import add_scaled, copy_row, first_out, rank_by_score, weigh
 from lesslib.ops.merge import Part
 from lesslib.ops.rules import EvictionRule
 
-SEQUENCE_RULES = frozenset({"h2o", "h2o on full rows", "lambda", "tova"})
+
+# ---------------------------------------------------------------- one step of one head
+class Head(NamedTuple):
+    """The slots of a key-value head, and what its G queries find there in a step.
+
+    Keys lie transposed, so that logits are a product of rows, as outputs are. Of their columns, and
+    of the weights', there are more than N: whole tiles of a product.
+    """
+
+    # [D, columns], [N, Dv]
+    keys: Any
+    values: Any
+    # [G, columns], e^(logit - highest logit); and [G] each, the highest logit, the weights' sum
+    weights: Any
+    highest: Any
+    total: Any
+    # [G, Dv], weights @ values
+    output: Any
+
+
+class Sequence(NamedTuple):
+    """The tokens of all heads and what is found for them; rows are key-value heads of sequences,
+    B * Hkv.
+    """
+
+    # [rows, S, G, D], times the scaling
+    q: Any
+    # [rows, S, D], [rows, S, Dv]
+    k: Any
+    v: Any
+    # [B, S], False for padding
+    is_real: Any
+    # [rows, G, S, Dv], [rows, G, S], written
+    output: Any
+    logsumexp: Any
 
 
 @jit
+def whole_tiles(
+    slots,  # a number of them
+    itemsize,  # bytes of a number
+):
+    """So many columns are whole tiles: of a part of one a product takes as long."""
+    tile = TILE_VECTORS * VECTOR_BYTES // itemsize
+    return (slots + tile - 1) // tile * tile
+
+
+@jit
+def empty_head(
+    tokens,  # Sequence
+    N,  # slots
+):
+    G, D = tokens.q.shape[2:]
+    Dv = tokens.v.shape[2]
+    kind = tokens.q.dtype
+    columns = whole_tiles(N, tokens.q.itemsize)
+    return Head(
+        # zeros, as a product reads columns of slots that nobody has taken yet
+        np.zeros((D, columns), kind),
+        np.empty((N, Dv), kind),
+        np.empty((G, columns), kind),
+        np.empty(G, kind),
+        np.empty(G, kind),
+        np.empty((G, Dv), kind),
+    )
+
+
+@jit
+def step_of_head(
+    head,  # Head
+    tokens,  # Sequence
+    row,
+    t,  # the token
+    slot,  # the one that it takes
+    held,  # so many slots are in use then, the first ones
+):
+    """A token enters and attends all that are held; `head.weights` are left for the rule."""
+    keys = head.keys
+    for d in range(keys.shape[0]):
+        keys[d, slot] = tokens.k[row, t, d]
+    copy_row(tokens.v[row, t], head.values[slot])
+
+    queries = tokens.q[row, t]
+    G, D = queries.shape
+    columns = whole_tiles(held, keys.itemsize)
+    write_product(queries, D, keys, columns, head.weights)
+    for g in range(G):
+        head.highest[g], head.total[g] = weigh(head.weights[g], held)
+    Dv = head.output.shape[1]
+    write_product(head.weights, held, head.values, Dv, head.output)
+    for g in range(G):
+        share = 1 / head.total[g]
+        for d in range(Dv):
+            tokens.output[row, g, t, d] = head.output[g, d] * share
+        tokens.logsumexp[row, g, t] = head.highest[g] + math.log(head.total[g])
+
+
+# ---------------------------------------------------------------- kernels
+@jit
 def h2o_kernel(
-    first_row,  # rows are key-value heads of sequences, B * Hkv
+    first_row,
     last_row,
-    q,  # [rows, G, S, D], times the scaling
-    k,  # [rows, S, D]
-    v,  # [rows, S, Dv]
-    is_real,  # [B, S]
+    tokens_given,  # of Sequence
+    times,  # [rows, S], written where a token leaves
     budget,  # slots, the newest token's apart
     recent,  # so many of the newest tokens are protected
-    times,  # [rows, S], written where a token leaves
-    output,  # [rows, G, S, Dv], written
-    logsumexp,  # [rows, G, S], written
-    normaliser,  # [rows, G, S], of the probabilities that are scored; may be `logsumexp` itself
+    normaliser,  # [rows, G, S], of the probabilities that are scored; may be the log-sum-exps
 ):
-    rows, G, S, D = q.shape
-    heads = rows // is_real.shape[0]
+    tokens = Sequence(*tokens_given)
+    rows, S, G, _ = tokens.q.shape
+    heads = rows // tokens.is_real.shape[0]
     N = budget + 1
-    keys = np.empty((D, N), q.dtype)
-    values = np.empty((N, v.shape[2]), q.dtype)
+    head = empty_head(tokens, N)
     token = np.empty(N, np.int64)
-    position = np.empty(N, np.int64)
-    score = np.empty(N, q.dtype)
-    gained = np.empty(N, q.dtype)
-    weights = np.empty(N, q.dtype)
+    position = np.empty(N, np.int32)
+    score = np.empty(N, tokens.q.dtype)
+    gained = np.empty(N, tokens.q.dtype)
+    rank = np.empty(N, tokens.q.dtype)
     for row in range(first_row, last_row):
         held = 0
         entering = 0
         now = 0
         for t in range(S):
-            # The token enters, and attends all that are held.
-            enter(k[row, t], v[row, t], keys, values, entering)
             token[entering] = t
             position[entering] = now
             score[entering] = 0
             reach = max(held, entering + 1)
-            gained[:reach] = 0
-            for g in range(G):
-                highest, total = attend(
-                    q[row, g, t], keys, values, reach, weights, output[row, g, t]
-                )
-                logsumexp[row, g, t] = highest + math.log(total)
-                share = math.exp(highest - normaliser[row, g, t])
-                add_scaled(weights, share, reach, gained)
+            step_of_head(head, tokens, row, t, entering, reach)
 
             # A padded token goes at once, and nothing is scored.
-            if not is_real[row // heads, t]:
+            if not tokens.is_real[row // heads, t]:
                 continue
 
             # What is held has its score; beyond the budget, a slot is freed.
             held = reach
+            gained[:held] = 0
+            for g in range(G):
+                share = math.exp(head.highest[g] - normaliser[row, g, t])
+                add_scaled(head.weights[g], share, held, gained)
             for j in range(held):
                 score[j] += gained[j]
             entering = held
             if held == N:
-                entering = first_of_lowest(score, position, now - recent, held)
+                rank_by_score(score, position, now - recent, rank)
+                entering = first_out(rank, position)
                 times[row, token[entering]] = t + 1
             now += 1
 
 
 @jit
 def lambda_kernel(
-    first_row,  # rows are key-value heads of sequences, B * Hkv
+    first_row,
     last_row,
-    q,  # [rows, G, S, D], times the scaling
-    k,  # [rows, S, D]
-    v,  # [rows, S, Dv]
-    is_real,  # [B, S]
+    tokens_given,  # of Sequence
+    times,  # [rows, S], written where a token leaves
     sinks,  # so many of the first tokens are protected
     recent,  # so many of the newest tokens are protected
-    times,  # [rows, S], written where a token leaves
-    output,  # [rows, G, S, Dv], written
-    logsumexp,  # [rows, G, S], written
 ):
-    rows, G, S, D = q.shape
-    heads = rows // is_real.shape[0]
+    tokens = Sequence(*tokens_given)
+    rows, S = tokens.q.shape[:2]
+    heads = rows // tokens.is_real.shape[0]
     N = sinks + recent + 1
-    keys = np.empty((D, N), q.dtype)
-    values = np.empty((N, v.shape[2]), q.dtype)
+    head = empty_head(tokens, N)
     token = np.empty(N, np.int64)
-    weights = np.empty(N, q.dtype)
     for row in range(first_row, last_row):
         held = 0
         entering = 0
         for t in range(S):
-            # The token enters, and attends all that are held.
-            enter(k[row, t], v[row, t], keys, values, entering)
             token[entering] = t
             reach = max(held, entering + 1)
-            for g in range(G):
-                highest, total = attend(
-                    q[row, g, t], keys, values, reach, weights, output[row, g, t]
-                )
-                logsumexp[row, g, t] = highest + math.log(total)
+            step_of_head(head, tokens, row, t, entering, reach)
 
             # A padded token goes at once.
-            if not is_real[row // heads, t]:
+            if not tokens.is_real[row // heads, t]:
                 continue
 
             # Behind the sinks slots are a ring: once all are held, the next one has the oldest.
@@ -132,51 +209,49 @@ def lambda_kernel(
 
 @jit
 def tova_kernel(
-    first_row,  # rows are sequences, B
-    last_row,
-    q,  # [B, Hkv, G, S, D], times the scaling
-    k,  # [B, Hkv, S, D]
-    v,  # [B, Hkv, S, Dv]
-    is_real,  # [B, S]
-    budget,  # slots, the newest token's apart
+    first_sequence,
+    last_sequence,
+    tokens_given,  # of Sequence
     times,  # [B, S], written where a token leaves
-    output,  # [B, Hkv, G, S, Dv], written
-    logsumexp,  # [B, Hkv, G, S], written
+    budget,  # slots, the newest token's apart
 ):
-    _, Hkv, G, S, D = q.shape
+    tokens = Sequence(*tokens_given)
+    rows, S, G, D = tokens.q.shape
+    Hkv = rows // tokens.is_real.shape[0]
     N = budget + 1
-    keys = np.empty((Hkv, D, N), q.dtype)
-    values = np.empty((Hkv, N, v.shape[3]), q.dtype)
-    token = np.empty(N, np.int64)
-    score = np.empty(N, q.dtype)
-    weights = np.empty(N, q.dtype)
-    for row in range(first_row, last_row):
+    scratch = empty_head(tokens, N)
+    keys = np.zeros((Hkv, *scratch.keys.shape), tokens.q.dtype)
+    values = np.empty((Hkv, *scratch.values.shape), tokens.q.dtype)
+    position = np.empty(N, np.int32)
+    score = np.empty(N, tokens.q.dtype)
+    for b in range(first_sequence, last_sequence):
         held = 0
         entering = 0
         for t in range(S):
             # The token enters in all heads, and each of them attends what all hold.
-            token[entering] = t
+            position[entering] = t
             reach = max(held, entering + 1)
             score[:reach] = 0
             for h in range(Hkv):
-                enter(k[row, h, t], v[row, h, t], keys[h], values[h], entering)
+                head = Head(keys[h], values[h], *scratch[2:])
+                step_of_head(head, tokens, b * Hkv + h, t, entering, reach)
                 for g in range(G):
-                    highest, total = attend(
-                        q[row, h, g, t], keys[h], values[h], reach, weights, output[row, h, g, t]
-                    )
-                    logsumexp[row, h, g, t] = highest + math.log(total)
-                    add_scaled(weights, 1 / (total * (Hkv * G)), reach, score)
+                    add_scaled(head.weights[g], 1 / (head.total[g] * (Hkv * G)), reach, score)
 
             # A padded token goes at once.
-            if not is_real[row, t]:
+            if not tokens.is_real[b, t]:
                 continue
 
             # Beyond the budget, the token goes that the newest query gave least.
             held = reach
             entering = held
             if held == N:
-                entering = first_of_lowest(score, token, t, held)
-                times[row, token[entering]] = t + 1
+                entering = first_out(score, position)
+                times[b, position[entering]] = t + 1
+
+
+# ---------------------------------------------------------------- calls
+SEQUENCE_RULES = frozenset({"h2o", "h2o on full rows", "lambda", "tova"})
 
 
 def sequence_of_steps(
@@ -204,41 +279,28 @@ def sequence_of_steps(
         logsumexp=torch.empty(B, Hq, S, dtype=wide),
     )
     times = torch.full((B, Hkv, S), NEVER, dtype=torch.int32)
-    # [B, Hkv, G, S, D], [B, Hkv, S, D], [B, Hkv, S, Dv]
-    queries = (q.detach().to(wide) * scaling).unflatten(1, (Hkv, -1)).contiguous()
-    keys = k.detach().to(wide).contiguous()
-    values = v.detach().to(wide).contiguous()
+    # [B * Hkv, S, G, D]: the queries of a step lie together.
+    queries = (q.detach().to(wide) * scaling).unflatten(1, (Hkv, -1)).transpose(2, 3)
+    tokens = Sequence(
+        array(queries.flatten(0, 1).contiguous()),
+        array(k.detach().to(wide).flatten(0, 1).contiguous()),
+        array(v.detach().to(wide).flatten(0, 1).contiguous()),
+        array(is_real),
+        array(attended.output.unflatten(1, (Hkv, -1)).flatten(0, 1)),
+        array(attended.logsumexp.unflatten(1, (Hkv, -1)).flatten(0, 1)),
+    )
     if rule.name == "tova":
         # Heads that choose together have one time for all.
         shared_times = torch.full((B, S), NEVER, dtype=torch.int32)
-        over_rows(
-            tova_kernel,
-            B,
-            array(queries),
-            array(keys),
-            array(values),
-            array(is_real),
-            budget,
-            array(shared_times),
-            array(attended.output.unflatten(1, (Hkv, -1))),
-            array(attended.logsumexp.unflatten(1, (Hkv, -1))),
-        )
-        return times.copy_(shared_times[:, None].expand_as(times)), attended
-
-    tensors = (
-        array(queries.flatten(0, 1)),
-        array(keys.flatten(0, 1)),
-        array(values.flatten(0, 1)),
-        array(is_real),
-    )
-    output = array(attended.output.unflatten(1, (Hkv, -1)).flatten(0, 1))
-    logsumexp = array(attended.logsumexp.unflatten(1, (Hkv, -1)).flatten(0, 1))
-    results = (array(times.flatten(0, 1)), output, logsumexp)
-    if rule.name == "lambda":
-        over_rows(lambda_kernel, B * Hkv, *tensors, rule.sinks, rule.recent, *results)
+        over_rows(tova_kernel, B, tokens, array(shared_times), budget)
+        times.copy_(shared_times[:, None].expand_as(times))
         return times, attended
-    normaliser = logsumexp
+    given = (tokens, array(times.flatten(0, 1)))
+    if rule.name == "lambda":
+        over_rows(lambda_kernel, B * Hkv, *given, rule.sinks, rule.recent)
+        return times, attended
+    normaliser = tokens.logsumexp
     if rule.name == "h2o on full rows":
         normaliser = array(dense_logsumexp(q, k, is_real, scaling).flatten(0, 1).to(wide))
-    over_rows(h2o_kernel, B * Hkv, *tensors, budget, rule.recent, *results, normaliser)
+    over_rows(h2o_kernel, B * Hkv, *given, budget, rule.recent, normaliser)
     return times, attended
