@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from lesslib.ops.cpu.common import LIKE, jit, over_rows, rows_for_a_thread, tensor_at
-from lesslib.ops.cpu.elementary import exponential, widened, zero_like
-from lesslib.ops.cpu.steps import highest_of
+from lesslib.ops.cpu.elementary import widened
+from lesslib.ops.cpu.products import write_dots, write_product
+from lesslib.ops.cpu.steps import copy_row, first_out, rank_by_position, rank_by_score, weigh
 from lesslib.ops.merge import Part
 from lesslib.ops.rules import EvictionRule
 from lesslib.ops.slots import AttendResult, Slots, StepResult
 
 # The rules that `decode_step` takes.
 STEP_RULES = frozenset({"h2o", "lambda", "tova"})
-FOUR = 4
 # The logit of an empty slot; -inf would make NaN of the difference of two.
 LOWEST = -3e38
 
@@ -149,10 +149,29 @@ def leaving_tensors(
 
 
 # ---------------------------------------------------------------- entering and attending
+class Scratch(NamedTuple):
+    """What a row is computed with."""
+
+    # [G, D], times the scaling
+    queries: Any
+    # [G, N], over the slots alone; [G], their log-sum-exps
+    probabilities: Any
+    logsumexp: Any
+    # [N], the lowest one leaves
+    rank: Any
+
+
 @jit
-def copy_row(source, target):
-    for d in range(source.shape[0]):
-        target[d] = source[d]
+def scratch_for(
+    sizes,  # StepSizes
+    wide,  # an array of the dtype of sums
+):
+    return Scratch(
+        np.empty((sizes.G, sizes.D), wide.dtype),
+        np.empty((sizes.G, sizes.N), wide.dtype),
+        np.empty(sizes.G, wide.dtype),
+        np.empty(sizes.N, wide.dtype),
+    )
 
 
 @jit
@@ -160,73 +179,6 @@ def scale(x, share):
     factor = x.dtype.type(share)
     for d in range(x.shape[0]):
         x[d] *= factor
-
-
-@jit
-def slot_logits(
-    queries,  # [G, D], times the scaling
-    keys,  # [N, D], of the slots
-    logits,  # [G, N], written
-):
-    """The queries' logits of all slots: of four slots at a time, which share what is loaded of a
-    query, as the heads of a group share their keys.
-    """
-    G, N = logits.shape
-    D = queries.shape[1]
-    whole = N - N % FOUR
-    zero = zero_like(queries[0, 0])
-    for j in range(0, whole, FOUR):
-        for g in range(G):
-            s0 = zero
-            s1 = zero
-            s2 = zero
-            s3 = zero
-            for d in range(D):
-                x = queries[g, d]
-                s0 += x * widened(keys[j, d])
-                s1 += x * widened(keys[j + 1, d])
-                s2 += x * widened(keys[j + 2, d])
-                s3 += x * widened(keys[j + 3, d])
-            logits[g, j] = s0
-            logits[g, j + 1] = s1
-            logits[g, j + 2] = s2
-            logits[g, j + 3] = s3
-    for j in range(whole, N):
-        for g in range(G):
-            s0 = zero
-            for d in range(D):
-                s0 += queries[g, d] * widened(keys[j, d])
-            logits[g, j] = s0
-
-
-@jit
-def weighted_values(
-    weights,  # [G, N]
-    values,  # [N, Dv], of the slots
-    output,  # [G, Dv], written
-):
-    """output = weights @ values, of four slots at a time, as in `slot_logits`."""
-    G, N = weights.shape
-    Dv = values.shape[1]
-    output[:] = 0
-    whole = N - N % FOUR
-    for j in range(0, whole, FOUR):
-        for g in range(G):
-            w0 = weights[g, j]
-            w1 = weights[g, j + 1]
-            w2 = weights[g, j + 2]
-            w3 = weights[g, j + 3]
-            for d in range(Dv):
-                output[g, d] += (
-                    w0 * widened(values[j, d])
-                    + w1 * widened(values[j + 1, d])
-                    + w2 * widened(values[j + 2, d])
-                    + w3 * widened(values[j + 3, d])
-                )
-    for j in range(whole, N):
-        for g in range(G):
-            for d in range(Dv):
-                output[g, d] += weights[g, j] * widened(values[j, d])
 
 
 @jit
@@ -239,15 +191,8 @@ def softmax_of_slots(
     lowest = logits.dtype.type(LOWEST)
     for j in range(N):
         logits[j] = logits[j] if position[j] >= 0 else lowest
-    highest = highest_of(logits, N)
-    total = zero_like(highest)
-    for j in range(N):
-        weight = exponential(logits[j] - highest)
-        logits[j] = weight
-        total += weight
-    share = 1 / total
-    for j in range(N):
-        logits[j] *= share
+    highest, total = weigh(logits, N)
+    scale(logits, 1 / total)
     return highest + math.log(total)
 
 
@@ -286,6 +231,7 @@ def attend_row(
     scaling,  # of the logits
     queries,  # [G, D], scratch
     probabilities,  # [G, N], written, over the slots alone
+    logsumexp,  # [G], written
 ):
     """A row's token enters the free slot and attends all slots, merged with the parts."""
     slot = step.free[row]
@@ -294,17 +240,17 @@ def attend_row(
     step.position[row, slot] = now
     step.score[row, slot] = 0
     G, D = queries.shape
+    factor = queries.dtype.type(scaling)
     for g in range(G):
         for d in range(D):
-            queries[g, d] = widened(step.q[row, g, d])
-        scale(queries[g], scaling)
-    slot_logits(queries, step.keys[row], probabilities)
-    logsumexps = np.empty(G, queries.dtype)
+            queries[g, d] = widened(step.q[row, g, d]) * factor
+    write_dots(queries, step.keys[row], probabilities)
     for g in range(G):
-        logsumexps[g] = softmax_of_slots(probabilities[g], step.position[row])
-    weighted_values(probabilities, step.values[row], step.output[row])
+        logsumexp[g] = softmax_of_slots(probabilities[g], step.position[row])
+    N, Dv = step.values.shape[1:]
+    write_product(probabilities, N, step.values[row], Dv, step.output[row])
     for g in range(G):
-        merge_parts(step.output[row, g], logsumexps[g], step, row, g)
+        merge_parts(step.output[row, g], logsumexp[g], step, row, g)
 
 
 @jit
@@ -314,60 +260,12 @@ def add_probabilities(
 ):
     """total += the sum of the probabilities over the heads."""
     G, N = probabilities.shape
-    for j in range(N):
-        gained = probabilities[0, j]
-        for g in range(1, G):
-            gained += probabilities[g, j]
-        total[j] += gained
+    for g in range(G):
+        for j in range(N):
+            total[j] += probabilities[g, j]
 
 
 # ---------------------------------------------------------------- leaving
-@jit
-def rank_by_score(
-    score,  # [N]
-    position,  # [N], -1 for an empty slot
-    newest_leaver,  # positions beyond it are protected
-    rank,  # [N], written: the lowest one leaves
-):
-    for j in range(position.shape[0]):
-        rank[j] = score[j]
-        if position[j] > newest_leaver:
-            rank[j] = math.inf
-        if position[j] < 0:
-            rank[j] = -math.inf
-
-
-@jit
-def rank_by_position(
-    position,  # [N], -1 for an empty slot
-    sinks,  # so many of the first tokens are protected
-    newest_leaver,  # positions beyond it are protected
-    rank,  # [N], written: the lowest one leaves
-):
-    for j in range(position.shape[0]):
-        rank[j] = position[j]
-        if position[j] < sinks or position[j] > newest_leaver:
-            rank[j] = math.inf
-        if position[j] < 0:
-            rank[j] = -math.inf
-
-
-@jit
-def first_out(
-    rank,  # [N]
-    position,  # [N], of what the slots hold
-):
-    """The slot with the lowest rank, of equals the one with the lowest position, of empty ones the
-    first: `Policy.first_out`.
-    """
-    leaver = 0
-    for j in range(1, rank.shape[0]):
-        is_tie = rank[j] == rank[leaver] and position[j] < position[leaver]
-        if rank[j] < rank[leaver] or is_tie:
-            leaver = j
-    return leaver
-
-
 @jit
 def leave(
     leaver,  # the slot to free
@@ -399,20 +297,18 @@ def h2o_kernel(
     sizes = StepSizes(*sizes_given)
     step = step_tensors(addresses, sizes, like, wide)
     left = leaving_tensors(left_at, sizes, like)
-    queries = np.empty((sizes.G, sizes.D), wide.dtype)
-    probabilities = np.empty((sizes.G, sizes.N), wide.dtype)
-    rank = np.empty(sizes.N, wide.dtype)
+    scratch = scratch_for(sizes, wide)
     for row in range(first_row, last_row):
         b = row // sizes.Hkv
         now = step.seen[b]
-        attend_row(step, row, now, scaling, queries, probabilities)
+        attend_row(step, row, now, scaling, *scratch[:3])
         # What it gave to the slots is added to their scores; a padded token gives nothing and goes.
         if step.is_real[b]:
-            add_probabilities(probabilities, step.score[row])
+            add_probabilities(scratch.probabilities, step.score[row])
         else:
             step.position[row, step.free[row]] = -1
-        rank_by_score(step.score[row], step.position[row], now - recent, rank)
-        leave(first_out(rank, step.position[row]), step, left, row)
+        rank_by_score(step.score[row], step.position[row], now - recent, scratch.rank)
+        leave(first_out(scratch.rank, step.position[row]), step, left, row)
 
 
 @jit
@@ -431,17 +327,15 @@ def lambda_kernel(
     sizes = StepSizes(*sizes_given)
     step = step_tensors(addresses, sizes, like, wide)
     left = leaving_tensors(left_at, sizes, like)
-    queries = np.empty((sizes.G, sizes.D), wide.dtype)
-    probabilities = np.empty((sizes.G, sizes.N), wide.dtype)
-    rank = np.empty(sizes.N, wide.dtype)
+    scratch = scratch_for(sizes, wide)
     for row in range(first_row, last_row):
         b = row // sizes.Hkv
         now = step.seen[b]
-        attend_row(step, row, now, scaling, queries, probabilities)
+        attend_row(step, row, now, scaling, *scratch[:3])
         if not step.is_real[b]:
             step.position[row, step.free[row]] = -1
-        rank_by_position(step.position[row], sinks, now - recent, rank)
-        leave(first_out(rank, step.position[row]), step, left, row)
+        rank_by_position(step.position[row], sinks, now - recent, scratch.rank)
+        leave(first_out(scratch.rank, step.position[row]), step, left, row)
 
 
 @jit
@@ -458,26 +352,24 @@ def tova_kernel(
     sizes = StepSizes(*sizes_given)
     step = step_tensors(addresses, sizes, like, wide)
     left = leaving_tensors(left_at, sizes, like)
-    queries = np.empty((sizes.G, sizes.D), wide.dtype)
-    probabilities = np.empty((sizes.G, sizes.N), wide.dtype)
+    scratch = scratch_for(sizes, wide)
     average = np.empty(sizes.N, wide.dtype)
-    rank = np.empty(sizes.N, wide.dtype)
     for b in range(first_row, last_row):
         now = step.seen[b]
         heads = range(b * sizes.Hkv, b * sizes.Hkv + sizes.Hkv)
         # All heads attend; the score is what the newest query gave, averaged over them.
         average[:] = 0
         for row in heads:
-            attend_row(step, row, now, scaling, queries, probabilities)
+            attend_row(step, row, now, scaling, *scratch[:3])
             if step.is_real[b]:
-                add_probabilities(probabilities, average)
+                add_probabilities(scratch.probabilities, average)
             else:
                 step.position[row, step.free[row]] = -1
         scale(average, 1 / (sizes.Hkv * sizes.G))
         for row in heads:
             copy_row(average, step.score[row])
-            rank_by_score(average, step.position[row], now, rank)
-            leave(first_out(rank, step.position[row]), step, left, row)
+            rank_by_score(average, step.position[row], now, scratch.rank)
+            leave(first_out(scratch.rank, step.position[row]), step, left, row)
 
 
 @jit
@@ -495,10 +387,11 @@ def attend_kernel(
     step = step_tensors(addresses, sizes, like, wide)
     rows = sizes.B * sizes.Hkv
     probabilities = tensor_at(probabilities_at, (rows, sizes.G, sizes.N), wide)
-    queries = np.empty((sizes.G, sizes.D), wide.dtype)
+    scratch = scratch_for(sizes, wide)
     for row in range(first_row, last_row):
         b = row // sizes.Hkv
-        attend_row(step, row, step.seen[b], scaling, queries, probabilities[row])
+        found = (probabilities[row], scratch.logsumexp)
+        attend_row(step, row, step.seen[b], scaling, scratch.queries, *found)
         if not step.is_real[b]:
             # Of a padded token nothing stays.
             step.position[row, step.free[row]] = -1
