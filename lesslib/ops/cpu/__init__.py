@@ -2,7 +2,8 @@
 
 Every function does what a torch form elsewhere does, named in its docstring, with sums in float32
 or wider; callers ask `dispatch.kernels_for` first, which imports this folder when first needed.
-Open `decode.py` first, then `steps.py`, what its kernels are made of, and `common.py` for threads.
+Open `decode.py` first, then `steps.py` and `products.py`, what its kernels are made of, and
+`common.py` for threads.
 Shapes: B batch, Hq query heads, Hkv key-value heads, G = Hq / Hkv, S tokens, N slots, D and Dv head
 sizes of keys and values, R kernel size.
 """

@@ -172,25 +172,28 @@ def rows_for_a_thread(work: int) -> int:
 
 
 def over_rows(kernel: Callable, rows: int, *arguments: Any, at_once: int = 1) -> None:
-    """Call `kernel(first, last, *arguments)` for all rows, `at_once` of them in a call.
+    """Call `kernel(first, last, *arguments)` for all rows, at least `at_once` of them in a call.
 
     On as many threads as torch is set to use, so that `torch.set_num_threads` and OMP_NUM_THREADS
     hold for kernels too. Rows go to whichever thread is free.
     """
-    blocks = -(-rows // at_once)
+    blocks = rows // at_once
     threads = min(torch.get_num_threads(), blocks)
+    # Not another thread for less than `at_once` rows: torch's own threads keep all processors busy
+    # for some time after each of its operations, so that ours may have to wait.
     if threads < 2:
         kernel(0, rows, *arguments)
         return
+    size = -(-rows // blocks)
     # `next` of a count is one step to all threads
     counter = itertools.count()
 
     def work() -> None:
         for block in iter(lambda: next(counter), None):
-            if block >= blocks:
+            first = block * size
+            if first >= rows:
                 return
-            first = block * at_once
-            kernel(first, min(first + at_once, rows), *arguments)
+            kernel(first, min(first + size, rows), *arguments)
 
     workers = [idle_worker() for _ in range(threads - 1)]
     for worker in workers:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lesslib.ops.cpu.common import LIKE, jit, over_rows, rows_for_a_thread, tensor_at
-from lesslib.ops.cpu.elementary import gelu, widened, zero_like
-from lesslib.ops.cpu.rows import add_rows
+from lesslib.ops.cpu.elementary import gelu, widened
+from lesslib.ops.cpu.products import write_dots, write_product
 
 # Up to so many tokens of a batch the kernels are quicker than matmuls.
 FEW = 32
@@ -22,88 +22,88 @@ FEW = 32
 
 @jit
 def mlp(
-    x,  # [D]
-    w1,  # [D, hidden]
-    w2,  # [R, hidden], transposed
-    token,  # [D], scratch: x as sums take it
-    hidden,  # [hidden], scratch
-    out,  # [R], written
+    head,
+    addresses,  # of x, out, W1, W2 transposed, and what psi has besides
+    sizes,  # B, heads, S, D, hidden, R
+    like,  # an array of x's dtype
+    like_weights,  # an array of the weights' dtype
+    features,  # [B * S, R], written
 ):
-    """gelu(gelu(x W1) W2) of one token."""
-    D, width = w1.shape
-    for d in range(D):
-        token[d] = widened(x[d])
-    hidden[:] = 0
-    add_rows(token, w1, D, width, hidden)
-    for i in range(width):
-        hidden[i] = gelu(hidden[i])
-    for r in range(out.shape[0]):
-        total = zero_like(out[r])
-        for i in range(width):
-            total += hidden[i] * widened(w2[r, i])
-        out[r] = gelu(total)
+    """gelu(gelu(x W1) W2) of a head's tokens, which share what is loaded of its weights."""
+    B, heads, S, D, width, R = sizes
+    x = tensor_at(addresses[0], (B, heads, S, D), like)
+    w1 = tensor_at(addresses[2], (heads, D, width), like_weights)
+    w2 = tensor_at(addresses[3], (heads, R, width), like_weights)
+    tokens = np.empty((B * S, D), features.dtype)
+    hidden = np.empty((B * S, width), features.dtype)
+    for b in range(B):
+        for t in range(S):
+            for d in range(D):
+                tokens[b * S + t, d] = widened(x[b, head, t, d])
+    write_product(tokens, D, w1[head], width, hidden)
+    gelu_of_all(hidden)
+    write_dots(hidden, w2[head], features)
+    gelu_of_all(features)
+
+
+@jit
+def gelu_of_all(
+    x,  # [rows, columns], changes in place
+):
+    for row in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            x[row, i] = gelu(x[row, i])
 
 
 @jit
 def phi_kernel(
-    first_row,  # rows are query heads, whose tokens share their weights
-    last_row,
-    addresses,  # of the four tensors below
+    first_head,  # query heads, whose tokens share their weights
+    last_head,
+    addresses,  # of x [B, heads, S, D], out [B, heads, S, R], W1 and W2, see `mlp`
     sizes,  # B, heads, S, D, hidden, R
     like,  # an array of x's dtype
     like_weights,  # an array of the weights' dtype
     wide,  # an array of the dtype of sums
 ):
-    B, heads, S, D, width, R = sizes
-    x = tensor_at(addresses[0], (B, heads, S, D), like)
+    B, heads, S, _, _, R = sizes
     out = tensor_at(addresses[1], (B, heads, S, R), wide)
-    w1 = tensor_at(addresses[2], (heads, D, width), like_weights)
-    # transposed
-    w2 = tensor_at(addresses[3], (heads, R, width), like_weights)
-    token = np.empty(D, wide.dtype)
-    hidden = np.empty(width, wide.dtype)
-    for head in range(first_row, last_row):
+    features = np.empty((B * S, R), wide.dtype)
+    for head in range(first_head, last_head):
+        mlp(head, addresses, sizes, like, like_weights, features)
         for b in range(B):
             for t in range(S):
-                u = out[b, head, t]
-                mlp(x[b, head, t], w1[head], w2[head], token, hidden, u)
-                for r in range(u.shape[0]):
-                    u[r] = abs(u[r])
+                for r in range(R):
+                    out[b, head, t, r] = abs(features[b * S + t, r])
 
 
 @jit
 def psi_kernel(
-    first_row,  # rows are key-value heads, whose tokens share their weights
-    last_row,
-    addresses,  # of the seven tensors below
+    first_head,  # key-value heads, whose tokens share their weights
+    last_head,
+    addresses,  # of x [B, heads, S, D], out [B, heads, S, R], W1 and W2, see `mlp`, W3, s1, s2
     sizes,  # B, heads, S, D, hidden, R
     like,  # an array of x's dtype
     like_weights,  # an array of the weights' dtype
     wide,  # an array of the dtype of sums
 ):
-    B, heads, S, D, width, R = sizes
-    x = tensor_at(addresses[0], (B, heads, S, D), like)
+    B, heads, S, _, _, R = sizes
     out = tensor_at(addresses[1], (B, heads, S, R), wide)
-    w1 = tensor_at(addresses[2], (heads, D, width), like_weights)
-    # transposed
-    w2 = tensor_at(addresses[3], (heads, R, width), like_weights)
     w3 = tensor_at(addresses[4], (heads, R, R), like_weights)
     s1 = tensor_at(addresses[5], (heads, R), like_weights)
     s2 = tensor_at(addresses[6], (heads, R), like_weights)
-    token = np.empty(D, wide.dtype)
-    hidden = np.empty(width, wide.dtype)
-    u = np.empty(R, wide.dtype)
-    for head in range(first_row, last_row):
+    u = np.empty((B * S, R), wide.dtype)
+    mixed = np.empty((B * S, R), wide.dtype)
+    for head in range(first_head, last_head):
+        mlp(head, addresses, sizes, like, like_weights, u)
+        for i in range(B * S):
+            for r in range(R):
+                u[i, r] *= abs(widened(s1[head, r]))
+        write_product(u, R, w3[head], R, mixed)
         for b in range(B):
             for t in range(S):
-                mlp(x[b, head, t], w1[head], w2[head], token, hidden, u)
+                i = b * S + t
                 for r in range(R):
-                    u[r] *= abs(widened(s1[head, r]))
-                for r in range(R):
-                    mixed = zero_like(u[r])
-                    for i in range(R):
-                        mixed += u[i] * widened(w3[head, i, r])
-                    out[b, head, t, r] = abs(u[r] + mixed * widened(s2[head, r]))
+                    out[b, head, t, r] = abs(u[i, r] + mixed[i, r] * widened(s2[head, r]))
 
 
 def phi(q: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

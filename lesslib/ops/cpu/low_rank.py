@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lesslib.ops.cpu.common import LIKE, jit, over_rows, rows_for_a_thread, tensor_at
 from lesslib.ops.cpu.elementary import widened, zero_like
-from lesslib.ops.cpu.rows import add_rows
+from lesslib.ops.cpu.products import write_product
 from lesslib.ops.merge import Part
 
 
@@ -30,18 +30,19 @@ def read_kernel(
     output = tensor_at(addresses[3], (rows, queries, Dv), like)
     logsumexp = tensor_at(addresses[4], (rows, queries), like)
     for row in range(first_row, last_row):
+        write_product(phi[row], R, H[row], Dv, output[row])
         for i in range(queries):
             denominator = zero_like(z[row, 0])
             for r in range(R):
                 denominator += phi[row, i, r] * z[row, r]
-            output[row, i] = 0
-            logsumexp[row, i] = -math.inf
             if denominator > 0:
-                add_rows(phi[row, i], H[row], R, Dv, output[row, i])
                 # Not times 1 / denominator, which is infinite far below normal numbers.
                 for d in range(Dv):
                     output[row, i, d] /= denominator
                 logsumexp[row, i] = math.log(denominator)
+            else:
+                output[row, i] = 0
+                logsumexp[row, i] = -math.inf
 
 
 def read(phi: Tensor, H: Tensor, z: Tensor) -> Part:

@@ -120,9 +120,7 @@ if numba is not None:
         infinite = builder.or_(magnitude, repeated(FLOAT32_INFINITY))
         is_finite = builder.icmp_unsigned("<", magnitude, repeated(FLOAT16_INFINITY << 13))
         sign = builder.shl(builder.and_(bits, repeated(0x8000)), repeated(16))
-        return builder.bitcast(
-            builder.or_(sign, builder.select(is_finite, finite, infinite)), real
-        )
+        return builder.bitcast(builder.or_(sign, builder.select(is_finite, finite, infinite)), real)
 
     def added_up(builder: Any, vectors: list[Any]) -> Any:
         """The sum of the numbers of each vector, as one vector of so many numbers.
@@ -228,11 +226,7 @@ if numba is not None:
     def sums_of_tile(builder: Any, vector: Any, rows: list[Any], columns: list[Any]) -> dict:
         """A variable for each vector of sums, at 0; the compiler puts these into registers."""
         zero = ir.Constant(vector, [0.0] * vector.count)
-        return {
-            (r, c): cgutils.alloca_once_value(builder, zero)
-            for r in rows
-            for c in columns
-        }
+        return {(r, c): cgutils.alloca_once_value(builder, zero) for r in rows for c in columns}
 
     def add_product(builder: Any, total: Any, x: Any, y: Any) -> None:
         """total += x * y, which "contract" lets the compiler make one instruction."""

@@ -216,7 +216,7 @@ def tova_kernel(
     budget,  # slots, the newest token's apart
 ):
     tokens = Sequence(*tokens_given)
-    rows, S, G, D = tokens.q.shape
+    rows, S, G, _ = tokens.q.shape
     Hkv = rows // tokens.is_real.shape[0]
     N = budget + 1
     scratch = empty_head(tokens, N)
@@ -292,10 +292,10 @@ def sequence_of_steps(
     if rule.name == "tova":
         # Heads that choose together have one time for all.
         shared_times = torch.full((B, S), NEVER, dtype=torch.int32)
-        over_rows(tova_kernel, B, tokens, array(shared_times), budget)
+        over_rows(tova_kernel, B, tuple(tokens), array(shared_times), budget)
         times.copy_(shared_times[:, None].expand_as(times))
         return times, attended
-    given = (tokens, array(times.flatten(0, 1)))
+    given = (tuple(tokens), array(times.flatten(0, 1)))
     if rule.name == "lambda":
         over_rows(lambda_kernel, B * Hkv, *given, rule.sinks, rule.recent)
         return times, attended
