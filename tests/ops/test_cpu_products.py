@@ -1,4 +1,4 @@
-"""Products in tiles against NumPy, at shapes that fill no tile; halves as the bits that hold them."""
+"""Products in tiles against NumPy, at shapes that fill no tile, and of halves as bits."""
 
 import numpy as np
 import pytest
