@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lesslib.attention.whole_sequence import dense_attention
 from lesslib.ops import dispatch
-from lesslib.ops.blocks import exponentiate, logit_blocks
+from lesslib.ops.blocks import exponentiate, gather_tokens, logit_blocks
 from lesslib.ops.merge import Part
 from lesslib.ops.slots import Slots
 from lesslib.policies import Policy
@@ -45,6 +45,15 @@ class Candidates:
     def of_slots(cls, slots: Slots) -> Self:
         """What the slots hold."""
         return cls(slots.keys, slots.values, slots.position, slots.score)
+
+    def at(self, index: Tensor) -> Candidates:
+        """The candidates at `index` [B, Hkv, m]."""
+        return Candidates(
+            gather_tokens(self.keys, index),
+            gather_tokens(self.values, index),
+            self.position.gather(2, index),
+            self.score.gather(2, index),
+        )
 
     def followed_by(self, others: Candidates) -> Candidates:
         """These candidates and then the `others`."""
