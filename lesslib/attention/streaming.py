@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from lesslib.attention.prompt import Candidates
-from lesslib.ops.blocks import CPU_BUFFER, NEVER
+from lesslib.ops.blocks import NEVER
 from lesslib.policies import Policy
+
+# Weights that are computed at once: 1 MiB in float32.
+WEIGHTS = 2**18
 
 
 def staying(times: Tensor, is_real: Tensor, budget: int) -> Tensor:
@@ -71,25 +74,29 @@ def observed(policy: Policy, rows: Rows, held: Candidates, token: Tensor) -> Ten
 def columns_of_held(rows: Rows, held: Candidates, token: Tensor) -> Tensor:
     """What each token held got from the queries since it came, [B, Hkv, G, n].
 
-    `token` [B, Hkv, n] is the first query that saw it. Works in blocks of queries whose logits fit
-    a CPU's caches.
+    `token` [B, Hkv, n] is the first query that saw it. Works in blocks of queries, whose weights
+    fit a CPU's caches, and over the tokens that had come by then.
     """
     B, Hq, S, _ = rows.queries.shape
     Hkv, n = token.shape[1:]
     G = Hq // Hkv
     wide = rows.logsumexp.dtype
-    queries = rows.queries.unflatten(1, (Hkv, G)).to(wide)  # [B, Hkv, G, S, D]
-    keys = held.keys.to(wide).mT[:, :, None]  # [B, Hkv, 1, D, n]
-    normaliser = rows.logsumexp.unflatten(1, (Hkv, G))
-    normaliser = normaliser.masked_fill(~rows.is_real[:, None, None], math.inf)[..., None]
+    heads = B * Hkv
+    queries = rows.queries.reshape(heads, G, S, -1).to(wide)
+    keys = held.keys.to(wide).flatten(0, 1).mT.contiguous()  # [heads, D, n]
+    shift = (-rows.logsumexp).masked_fill(~rows.is_real[:, None], -math.inf)
+    shift = shift.reshape(heads, G, S, 1)
     # An empty slot is seen by nobody.
-    first = token.masked_fill(held.position < 0, S)[:, :, None, None]
-    columns = normaliser.new_zeros(B, Hkv, G, n)
-    size = max(1, CPU_BUFFER // (B * Hq * n))
-    for start in range(0, S, size):
-        now = slice(start, min(start + size, S))
-        logits = queries[..., now, :] @ keys  # [B, Hkv, G, b, n]
-        t = torch.arange(now.start, now.stop, device=token.device)[:, None]
-        logits.sub_(normaliser[..., now, :]).masked_fill_(first > t, -math.inf)
-        columns += logits.exp_().sum(3)
-    return columns
+    first = token.masked_fill(held.position < 0, S).view(heads, 1, 1, n)
+    came = first.amin((0, 1, 2))  # [n]
+    columns = shift.new_zeros(heads, G, n)
+    size = max(1, WEIGHTS // (B * Hq * n))
+    for start in range(int(came.min()), S, size):
+        stop = min(start + size, S)
+        seen = int((came < stop).nonzero().max()) + 1
+        block = queries[:, :, start:stop].flatten(1, 2)  # [heads, G * b, D]
+        logits = (block @ keys[..., :seen]).unflatten(1, (G, -1))  # [heads, G, b, seen]
+        weights = logits.add_(shift[:, :, start:stop]).exp_()
+        t = torch.arange(start, stop, device=token.device)[:, None]
+        columns[..., :seen] += weights.masked_fill_(first[..., :seen] > t, 0.0).sum(2)
+    return columns.view(B, Hkv, G, n)

@@ -8,6 +8,7 @@ import torch
 from tiny_models import close, kernels_of
 
 from lesslib import H2O, TOVA, Lambda, LessCache, less
+from lesslib.attention import streaming
 from lesslib.attention.layer import LessLayer
 from lesslib.ops import dispatch
 from lesslib.ops.blocks import gather_tokens
@@ -104,6 +105,8 @@ def test_one_pass_leaves_what_so_many_steps_leave(policy, shape, form, sequences
     if form == "cpu":
         pytest.importorskip("numba", reason="numba is not installed")
     monkeypatch.setenv("LESS_OPS", form)
+    # Blocks of a few queries.
+    monkeypatch.setattr(streaming, "WEIGHTS", 200)
     s = sequences(**shape)
     S = s.q.shape[2]
     for state in (Nothing(), kernels_for(s), Loop(kernels_for(s))):
