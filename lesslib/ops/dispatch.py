@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesslib.ops import scan, triton
+from lesslib.ops import blocks, scan, triton
 from lesslib.ops.merge import Part, part_of_sums
 from lesslib.ops.rules import EvictionRule
 
@@ -90,11 +90,21 @@ def step_kernels(x: Tensor) -> ModuleType | None:
 
 
 def prompt_kernels(x: Tensor) -> ModuleType | None:
-    """The kernels of a prompt: `column_sums`. On a CPU the torch form serves, as its time goes into
-    matmuls: a Numba kernel took 2.3 times as long.
+    """The kernels of a whole prompt: `column_sums`, of Triton alone.
+
+    On a CPU a prompt's time goes into matmuls: a Numba kernel of column sums took 2.3 times as long
+    as the matmuls of `blocks.logit_blocks`, of which `weigh_rows` does the rest.
     """
     kernels = kernels_for(x)
     return kernels if kernels is triton else None
+
+
+def weigh_rows(logits: Tensor, is_counted: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """`blocks.weigh_rows`, by either form. No gradients."""
+    kernels = step_kernels(logits)
+    if kernels is None or kernels is triton:
+        return blocks.weigh_rows(logits, is_counted, columns)
+    return kernels.weigh_rows(logits, is_counted, columns)
 
 
 def sequence_kernels(
@@ -155,7 +165,7 @@ def chosen(model: Any, policy: Any, state: Any = None) -> dict[str, str]:
     knows_rule = step is not None and rule is not None and rule.name in step.STEP_RULES
     forms = {
         "a sequence's steps": name_of(sequence_kernels(rule, x, x, x)),
-        "a prompt's column sums": name_of(prompt_kernels(x)),
+        "a prompt's column sums": name_of(step),
         "a decode step's attention": name_of(step),
         "a decode step's eviction": name_of(step if knows_rule else None),
     }
