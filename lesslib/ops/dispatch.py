@@ -4,8 +4,8 @@ ops/triton.
 On a CPU the kernels serve wherever Numba is installed. On a GPU torch's forms do, until
 $LESS_TRITON=1 asks for the kernels, which were compiled for GPUs and run in Triton's interpreter,
 not on a GPU yet. $LESS_OPS=torch, cpu or triton forces one form, and raises where it cannot serve.
-torch.compile makes kernels of its own from the torch forms, so a step that it traces keeps to
-those; so does whatever needs gradients.
+A step that torch.compile traces has the CPU kernels as operators in its graph; of all else that it
+traces it makes kernels of its own from the torch forms, which serve gradients as well.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     """
     if torch.compiler.is_compiling():
         return None
+    return kernels_outside_graphs(x)
+
+
+def kernels_outside_graphs(x: Tensor) -> ModuleType | None:
+    """`kernels_for` where nothing is traced."""
     form = forced_form()
     if form == "torch":
         return None
@@ -75,18 +80,39 @@ def warn_without_numba() -> None:
         warnings.warn(
             "Numba is not installed: using the slower torch forms (pip install numba)",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
 def step_kernels(x: Tensor) -> ModuleType | None:
     """The kernels of a step: `decode_step`, `attend_step`, `read`, `absorb`, `phi` and `psi`.
 
-    They keep no gradients, so the torch forms serve wherever gradients are enabled.
+    They keep no gradients, so the torch forms serve wherever gradients are enabled. Raises
+    RuntimeError where $LESS_OPS names kernels that cannot serve.
     """
     if torch.is_grad_enabled():
         return None
+    if torch.compiler.is_compiling():
+        if not traces_cpu_kernels(x.device.type, x.dtype):
+            return None
+        from lesslib.ops.cpu import operators
+
+        return operators
     return kernels_for(x)
+
+
+@torch.compiler.assume_constant_result
+def traces_cpu_kernels(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a step that torch.compile traces takes the CPU kernels; asked once a graph."""
+    form = forced_form()
+    if form == "triton":
+        raise RuntimeError(
+            "LESS_OPS=triton has no kernels for a step that torch.compile traces: unset it, for"
+            " torch.compile to make kernels of its own"
+        )
+    if form == "torch" or (form is None and device_type != "cpu"):
+        return False
+    return kernels_outside_graphs(torch.empty(0, dtype=dtype, device=device_type)) is not None
 
 
 def prompt_kernels(x: Tensor) -> ModuleType | None:
