@@ -182,7 +182,7 @@ def chosen(model: Any, policy: Any, state: Any = None) -> dict[str, str]:
 
         chosen(model, H2O(25, 25), kernels)["a decode step's attention"]
 
-    Of steps that torch.compile does not trace, and without gradients: both keep to torch. Raises as
+    Without gradients, which keep to torch, and of what torch.compile does not trace. Raises as
     the operations would.
     """
     x = torch.empty(0, dtype=model.dtype, device=model.device)
