@@ -31,11 +31,14 @@ class LessCache(Cache):
     is the older name of `state=`.)
 
     `prefill="dense"` is the paper's: a prompt attends all of itself, then one eviction.
-    `"streaming"` sends it through the bounded cache `chunk` tokens at a time, so that attention's
-    memory is bounded however long a prompt is; later chunks then see what the cache kept, not
-    all. Chunks are cut across the batch, so a row that is padded on the left is cut elsewhere
-    than alone, and differs as two chunk sizes do. Sliding-window layers of hybrid models keep the
-    layer that transformers gives them. The state moves to the model's device.
+    `"streaming"` sends it through the bounded cache, so that every token sees what the cache kept
+    and not all, in time and memory linear in a prompt's length. By default each token is a decode
+    step, with the same outcome as if it had been decoded; of a new sequence all of them are
+    computed in one pass. With a `chunk` above 1, so many tokens attend each other densely before
+    they compete: few large operations, where no kernel takes a sequence. Chunks are cut across the
+    batch, so a row that is padded on the left is cut elsewhere than alone, and differs as two
+    chunk sizes do. Sliding-window layers of hybrid models keep the layer that transformers gives
+    them. The state moves to the model's device.
 
     Raises ValueError where policy, state and model do not fit, and NotImplementedError for layers
     of another kind.
@@ -47,7 +50,7 @@ class LessCache(Cache):
         policy: Policy,
         state: ModelState | None = None,
         prefill: Literal["dense", "streaming"] = "dense",
-        chunk: int = 64,
+        chunk: int = 1,
         *,
         kernels: ModelState | None = None,
     ) -> None:

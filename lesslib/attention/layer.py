@@ -17,9 +17,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from lesslib.attention.prompt import Candidates, attend_candidates, attend_prompt
+from lesslib.attention.streaming import Rows, leaving_last, observed, staying
+from lesslib.attention.whole_sequence import Evicted, evict
 from lesslib.ops import dispatch
 from lesslib.ops.blocks import gather_tokens
 from lesslib.ops.merge import Part, merge
+from lesslib.ops.scan import arrivals
 from lesslib.ops.slots import Slots
 from lesslib.policies import Policy
 from lesslib.states import Memory, State
@@ -50,7 +53,7 @@ class LessLayer(CacheLayerMixin):
         assert policy.budget is not None
         self.policy = policy
         self.state = state
-        # Tokens of a prompt that attend at once; None: all of them.
+        # Tokens of a prompt that attend at once, 1: as decoding would; None: all of them.
         self.chunk = chunk
         self.budget: int = policy.budget
         # A tensor, so that a compiled step is not compiled again for every length.
@@ -191,13 +194,16 @@ class LessLayer(CacheLayerMixin):
         which leaves no trace. One token is a decode step, exactly as `naive_attention` does it.
         Several attend each other causally and densely, and then one eviction follows: on an empty
         cache that is the paper's prefill (section 3), later a chat turn; with `chunk`, they come
-        that many at a time. Raises ValueError for padding that follows a real token.
+        that many at a time, and with a chunk of 1 each is a decode step. Raises ValueError for
+        padding that follows a real token.
         """
         if q.shape[2] == 1:
             return self._step(q, k, v, real, scaling).to(v.dtype)
         if real is None:
             real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
         self._check_padding(real)
+        if self.chunk == 1:
+            return self._stream(q, k, v, real, scaling).to(v.dtype)
         size = self.chunk or q.shape[2]
         outputs = []
         for start in range(0, q.shape[2], size):
@@ -325,6 +331,62 @@ class LessLayer(CacheLayerMixin):
         slots.count.add_(1 if real is None else real[:, 0].int())
         return attended.output
 
+    # ------------------------------------------------------------------ several steps
+    def _stream(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, scaling: float) -> Tensor:
+        """Several tokens as so many decode steps, [B, Hq, S, Dv].
+
+        The beginning of a sequence is computed in one pass, for policies with a rule: their scores
+        follow from the rows that `observed` looks at.
+        """
+        has_begun = bool(self.slots.count.any())
+        if has_begun or self.policy.rule() is None:
+            return self._steps(q, k, v, real, scaling)
+        if q.shape[2] <= self.budget:
+            # Nobody leaves.
+            return self._block(q, k, v, real, scaling)
+        return self._sequence(q, k, v, real, scaling)
+
+    def _steps(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, scaling: float) -> Tensor:
+        """A decode step for every token."""
+        outputs = []
+        for t in range(q.shape[2]):
+            now = slice(t, t + 1)
+            step = (q[:, :, now], k[:, :, now], v[:, :, now], real[:, now])
+            outputs.append(self._step(*step, scaling))
+        return torch.cat(outputs, 2)
+
+    def _sequence(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, scaling: float) -> Tensor:
+        """All steps of an empty cache in one pass: eviction times say who is where at the end."""
+        prompt = Candidates.arriving(k.contiguous(), v.contiguous(), real, self.slots)
+        evicted = evict(self.policy, q, prompt.keys, prompt.values, real, scaling)
+        out = self._with_leavers(q, prompt, evicted, scaling)
+        tokens = staying(evicted.times, real, self.budget)
+        held = prompt.at(tokens)
+        rows = Rows(q * scaling, evicted.logsumexp, real)
+        held.score = observed(self.policy, rows, held, tokens)
+        self._hold(held)
+        self.slots.count.add_(real.sum(1, dtype=torch.int32))
+        return out
+
+    def _with_leavers(
+        self, q: Tensor, prompt: Candidates, evicted: Evicted, scaling: float
+    ) -> Tensor:
+        """The sparse part of a prompt merged with what every query finds of those that left, [B,
+        Hq, S, Dv]; then the state holds them all.
+        """
+        if self.state.is_empty:
+            return evicted.sparse
+        arrived = arrivals(evicted.times)
+        token = arrived.clamp(min=0)
+        keys = gather_tokens(prompt.keys, token)
+        values = gather_tokens(prompt.values, token)
+        part = self.state.along_arrivals(self.memory, q, keys, values, arrived >= 0, scaling)
+        # No query comes after the last of all leaves.
+        token, has_left = leaving_last(evicted.times)
+        last = prompt.at(token)
+        self._absorb(last.keys, last.values, has_left)
+        return merge(evicted.part, part)
+
     # ------------------------------------------------------------------ several tokens
     def _block(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor, scaling: float) -> Tensor:
         """Several tokens: dense among themselves, then one eviction."""
@@ -352,15 +414,18 @@ class LessLayer(CacheLayerMixin):
         `now` [B, 1, 1] is the position of the newest token.
         """
         c = candidates
-        slots = self.slots
         order = self.policy.out_order(c.score, c.position, now)  # [B, Hkv, n]
         leaving = order[..., : max(0, order.shape[-1] - self.budget)]
         self._absorb_candidates(c, leaving)
-        staying = order[..., -self.budget :].sort(-1).values
-        n = staying.shape[-1]
-        slots.keys[:, :, :n] = gather_tokens(c.keys, staying)
-        slots.values[:, :, :n] = gather_tokens(c.values, staying)
+        self._hold(c.at(order[..., -self.budget :].sort(-1).values))
+
+    def _hold(self, held: Candidates) -> None:
+        """The slots hold these, C at most, and nothing else."""
+        slots = self.slots
+        n = held.position.shape[-1]
+        slots.keys[:, :, :n] = held.keys
+        slots.values[:, :, :n] = held.values
         slots.position.fill_(-1)
-        slots.position[:, :, :n] = c.position.gather(2, staying)
-        slots.score[:, :, :n] = c.score.gather(2, staying)
+        slots.position[:, :, :n] = held.position
+        slots.score[:, :, :n] = held.score
         slots.free.fill_(self.budget)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lesslib.attention.whole_sequence import dense_attention
 from lesslib.ops import dispatch
-from lesslib.ops.blocks import exponentiate, logit_blocks
+from lesslib.ops.blocks import exponentiate, gather_tokens, logit_blocks
 from lesslib.ops.merge import Part
 from lesslib.ops.slots import Slots
 from lesslib.policies import Policy
@@ -45,6 +45,15 @@ class Candidates:
     def of_slots(cls, slots: Slots) -> Self:
         """What the slots hold."""
         return cls(slots.keys, slots.values, slots.position, slots.score)
+
+    def at(self, index: Tensor) -> Candidates:
+        """The candidates at `index` [B, Hkv, m]."""
+        return Candidates(
+            gather_tokens(self.keys, index),
+            gather_tokens(self.values, index),
+            self.position.gather(2, index),
+            self.score.gather(2, index),
+        )
 
     def followed_by(self, others: Candidates) -> Candidates:
         """These candidates and then the `others`."""
@@ -83,21 +92,22 @@ def attend_candidates(
     values = candidates.values.to(candidates.score.dtype).flatten(0, 1)
     output = values.new_empty(B * Hkv, G, S, values.shape[-1])
     logsumexp = values.new_empty(B * Hkv, G, S, 1)
-    columns = values.new_zeros(B * Hkv, G, 1, n)
-    counts = real if policy.sums_queries else real & is_last(S, q.device)
-    counts = counts[:, None, None, :, None].expand(B, Hkv, 1, S, 1).flatten(0, 1)
+    columns = values.new_zeros(B * Hkv, G, n)
+    is_counted = real if policy.sums_queries else real & is_last(S, q.device)
+    is_counted = is_counted[:, None].expand(B, Hkv, S).flatten(0, 1)
     for block in logit_blocks(q, candidates.keys, candidates.position >= 0, scaling):
         rows = block.rows
         queries = block.queries
-        highest, total = exponentiate(block.logits)
+        if policy.needs_probabilities and (policy.sums_queries or queries.stop == S):
+            counted = is_counted[rows, queries]
+            highest, total = dispatch.weigh_rows(block.logits, counted, columns[rows])
+        else:
+            highest, total = exponentiate(block.logits)
         weights = block.logits  # [rows, G, b, seen]
         seen = weights.shape[-1]
         found = weights.flatten(1, 2) @ values[rows, :seen]
         torch.div(found.unflatten(1, (G, -1)), total, out=output[rows, :, queries])
         logsumexp[rows, :, queries] = highest + total.log()
-        if policy.needs_probabilities and (policy.sums_queries or queries.stop == S):
-            share = counts[rows, :, queries] / total
-            columns[rows, ..., :seen] += share.mT @ weights
     part = Part(output.view(B, Hq, S, -1), logsumexp.view(B, Hq, S))
     return Attended(part, columns.view(B, Hkv, G, n))
 

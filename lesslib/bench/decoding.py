@@ -24,6 +24,8 @@ from lesslib.policies import H2O
 METHODS = ("Full", "Baseline", "Baseline+", "LESS")
 # random tokens that a cache is filled with at once
 FILL = 512
+# of which so many are read together
+CHUNK = 64
 # steps timed in a row, before the next method or context has its turn
 RUN = 4
 
@@ -80,7 +82,7 @@ class Decoding:
         if method == "Baseline+":
             policy = policy.plus(KERNEL_SIZE // 2)
         kernels = self.kernels if method == "LESS" else None
-        return LessCache(self.model, policy, kernels, prefill="streaming")
+        return LessCache(self.model, policy, kernels, prefill="streaming", chunk=CHUNK)
 
     def filled_cache(self, method: str, context: int) -> Any:
         """The cache of `method` after `context` random tokens.

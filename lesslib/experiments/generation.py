@@ -39,6 +39,8 @@ POLICIES = ("h2o", "lambda", "tova")
 PROMPT = 384
 CONTINUED = 96
 WINDOWS = 16
+# Tokens of a streamed prompt that are read together.
+CHUNK = 64
 
 # Tokens between two looks at the cache's bytes, and at the most where the profile is quick.
 BYTES_EVERY = 32
@@ -107,7 +109,7 @@ class Generation(Experiment):
         if point.method == Method.full():
             return DynamicCache(config=model.config)
         prefill: Any = point.parameters.get("prefill", "dense")
-        return LessCache(model, policy, state, prefill)
+        return LessCache(model, policy, state, prefill, CHUNK)
 
     def _windows(self) -> list[tuple[int, ...]]:
         """Token ids of at most WINDOWS windows that hold a prompt and what follows it, evenly

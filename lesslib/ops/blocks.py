@@ -138,6 +138,19 @@ def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
     return highest, weights.sum(-1, keepdim=True)
 
 
+def weigh_rows(logits: Tensor, is_counted: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """`exponentiate` rows of logits [rows, G, b, n] in place, and add their probabilities up.
+
+    `columns` [rows, G, M], of which the first n are the logits' keys, gain what the queries gave
+    that `is_counted` [rows, b]. Returns the highest logits and the sums of the weights, each [rows,
+    G, b, 1].
+    """
+    highest, total = exponentiate(logits)
+    share = is_counted[:, None, :, None] / total
+    columns[..., : logits.shape[-1]] += (share.mT @ logits).squeeze(2)
+    return highest, total
+
+
 @torch.no_grad()
 def dense_logsumexp(q: Tensor, k: Tensor, is_real: Tensor, scaling: float) -> Tensor:
     """log-sum-exp of every row of dense causal attention, [B, Hkv, G, S], block by block.

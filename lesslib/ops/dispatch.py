@@ -4,8 +4,8 @@ ops/triton.
 On a CPU the kernels serve wherever Numba is installed. On a GPU torch's forms do, until
 $LESS_TRITON=1 asks for the kernels, which were compiled for GPUs and run in Triton's interpreter,
 not on a GPU yet. $LESS_OPS=torch, cpu or triton forces one form, and raises where it cannot serve.
-torch.compile makes kernels of its own from the torch forms, so a step that it traces keeps to
-those; so does whatever needs gradients.
+A step that torch.compile traces has the CPU kernels as operators in its graph; of all else that it
+traces it makes kernels of its own from the torch forms, which serve gradients as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesslib.ops import scan, triton
+from lesslib.ops import blocks, scan, triton
 from lesslib.ops.merge import Part, part_of_sums
 from lesslib.ops.rules import EvictionRule
 
@@ -49,6 +49,11 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     """
     if torch.compiler.is_compiling():
         return None
+    return kernels_outside_graphs(x)
+
+
+def kernels_outside_graphs(x: Tensor) -> ModuleType | None:
+    """`kernels_for` where nothing is traced."""
     form = forced_form()
     if form == "torch":
         return None
@@ -75,26 +80,57 @@ def warn_without_numba() -> None:
         warnings.warn(
             "Numba is not installed: using the slower torch forms (pip install numba)",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
 def step_kernels(x: Tensor) -> ModuleType | None:
     """The kernels of a step: `decode_step`, `attend_step`, `read`, `absorb`, `phi` and `psi`.
 
-    They keep no gradients, so the torch forms serve wherever gradients are enabled.
+    They keep no gradients, so the torch forms serve wherever gradients are enabled. Raises
+    RuntimeError where $LESS_OPS names kernels that cannot serve.
     """
     if torch.is_grad_enabled():
         return None
+    if torch.compiler.is_compiling():
+        if not traces_cpu_kernels(x.device.type, x.dtype):
+            return None
+        from lesslib.ops.cpu import operators
+
+        return operators
     return kernels_for(x)
 
 
+@torch.compiler.assume_constant_result
+def traces_cpu_kernels(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a step that torch.compile traces takes the CPU kernels; asked once a graph."""
+    form = forced_form()
+    if form == "triton":
+        raise RuntimeError(
+            "LESS_OPS=triton has no kernels for a step that torch.compile traces: unset it, for"
+            " torch.compile to make kernels of its own"
+        )
+    if form == "torch" or (form is None and device_type != "cpu"):
+        return False
+    return kernels_outside_graphs(torch.empty(0, dtype=dtype, device=device_type)) is not None
+
+
 def prompt_kernels(x: Tensor) -> ModuleType | None:
-    """The kernels of a prompt: `column_sums`. On a CPU the torch form serves, as its time goes into
-    matmuls: a Numba kernel took 2.3 times as long.
+    """The kernels of a whole prompt: `column_sums`, of Triton alone.
+
+    On a CPU a prompt's time goes into matmuls: a Numba kernel of column sums took 2.3 times as long
+    as the matmuls of `blocks.logit_blocks`, of which `weigh_rows` does the rest.
     """
     kernels = kernels_for(x)
     return kernels if kernels is triton else None
+
+
+def weigh_rows(logits: Tensor, is_counted: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """`blocks.weigh_rows`, by either form. No gradients."""
+    kernels = step_kernels(logits)
+    if kernels is None or kernels is triton:
+        return blocks.weigh_rows(logits, is_counted, columns)
+    return kernels.weigh_rows(logits, is_counted, columns)
 
 
 def sequence_kernels(
@@ -146,7 +182,7 @@ def chosen(model: Any, policy: Any, state: Any = None) -> dict[str, str]:
 
         chosen(model, H2O(25, 25), kernels)["a decode step's attention"]
 
-    Of steps that torch.compile does not trace, and without gradients: both keep to torch. Raises as
+    Without gradients, which keep to torch, and of what torch.compile does not trace. Raises as
     the operations would.
     """
     x = torch.empty(0, dtype=model.dtype, device=model.device)
@@ -155,7 +191,7 @@ def chosen(model: Any, policy: Any, state: Any = None) -> dict[str, str]:
     knows_rule = step is not None and rule is not None and rule.name in step.STEP_RULES
     forms = {
         "a sequence's steps": name_of(sequence_kernels(rule, x, x, x)),
-        "a prompt's column sums": name_of(prompt_kernels(x)),
+        "a prompt's column sums": name_of(step),
         "a decode step's attention": name_of(step),
         "a decode step's eviction": name_of(step if knows_rule else None),
     }

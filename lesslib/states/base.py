@@ -87,10 +87,26 @@ class State(nn.Module):
         """`read` before every query of a sequence, of pairs that arrive one before each query.
 
         queries [B, Hq, S, D]; keys [B, Hkv, S, D] and values [B, Hkv, S, Dv] in order of arrival;
-        `has_arrived` [B, Hkv, S] is False where none does. This is the definition, a loop over
-        queries; a state that has a faster form overrides it.
+        `has_arrived` [B, Hkv, S] is False where none does. A state that has a faster form than the
+        loop of `along_arrivals` overrides it.
         """
         memory = self.empty(keys, values)
+        return self.along_arrivals(memory, queries, keys, values, has_arrived, scaling)
+
+    def along_arrivals(
+        self,
+        memory: Memory,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        has_arrived: Tensor,
+        scaling: float,
+    ) -> Part:
+        """`over_arrivals`, after which `memory`, empty so far, holds all that arrived.
+
+        This is the definition, a loop over queries. A prompt that is read by a bounded cache one
+        token at a time takes this way.
+        """
         outputs = []
         sums = []
         for t in range(queries.shape[2]):

@@ -121,6 +121,28 @@ class LowRank(State):
         scaling: float,
     ) -> Part:
         """Linear attention over the pairs in order of arrival: a chunked scan, O(S R Dv)."""
+        return dispatch.lowrank_part(*self._arriving(queries, keys, values, has_arrived))
+
+    def along_arrivals(
+        self,
+        memory: Memory,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        has_arrived: Tensor,
+        scaling: float,
+    ) -> Part:
+        phi, psi, v = self._arriving(queries, keys, values, has_arrived)
+        memory["H"].add_(psi.mT @ v)
+        memory["z"].add_(psi.sum(2))
+        return dispatch.lowrank_part(phi, psi, v)
+
+    def _arriving(
+        self, queries: Tensor, keys: Tensor, values: Tensor, has_arrived: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """phi [B, Hq, S, R] of queries, psi [B, Hkv, S, R] of keys in order of arrival, 0 where
+        none does, and the values, in float32 or wider.
+        """
         wide = torch.promote_types(queries.dtype, torch.float32)
         # Half-precision matmuls halve the largest tensors of a training step.
         in_half = self.training and self.trains_in_half
@@ -128,7 +150,7 @@ class LowRank(State):
             phi = self.phi(queries)
             psi = self.psi(keys)
         psi = psi.to(wide) * has_arrived[..., None]
-        return dispatch.lowrank_part(phi.to(wide), psi, values.to(wide))
+        return phi.to(wide), psi, values.to(wide)
 
 
 def over_batch(features: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from lesslib.ops.cpu.common import available
 from lesslib.ops.cpu.decode import STEP_RULES, attend_step, decode_step
 from lesslib.ops.cpu.features import phi, psi
 from lesslib.ops.cpu.low_rank import absorb, read
+from lesslib.ops.cpu.prompt import weigh_rows
 from lesslib.ops.cpu.sequence import SEQUENCE_RULES, sequence_of_steps
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "psi",
     "read",
     "sequence_of_steps",
+    "weigh_rows",
 ]

@@ -19,6 +19,7 @@ from lesslib.ops import kernel_cache
 from lesslib.ops.cpu.decode import STEP_RULES, attend_step, decode_step
 from lesslib.ops.cpu.features import phi, psi
 from lesslib.ops.cpu.low_rank import absorb, read
+from lesslib.ops.cpu.prompt import weigh_rows
 from lesslib.ops.cpu.sequence import SEQUENCE_RULES, sequence_of_steps
 from lesslib.ops.merge import Part
 from lesslib.ops.rules import EvictionRule, RuleName
@@ -48,6 +49,10 @@ def examples(dtype: torch.dtype) -> Iterator[Example]:
     for name in sorted(SEQUENCE_RULES):
         rule = EvictionRule(cast(RuleName, name), recent=1, sinks=1)
         yield Example(sequence_of_steps, (rule, *sequence, 2, is_real, 0.5))
+    wide = torch.promote_types(dtype, torch.float32)
+    columns = torch.zeros(2, 2, 5, dtype=wide)
+    logits = torch.zeros(2, 2, 3, 5, dtype=wide)
+    yield Example(weigh_rows, (logits, is_real[:, :3], columns))
     yield from examples_of_a_step(dtype)
 
 
