@@ -5,7 +5,7 @@ Open `TrainingBench` for the schemes, `measure` for one number, `print_training`
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ SCHEMES = (OURS, STEPWISE, STEPWISE_PARALLEL)
 
 # the fastest counts: the first fills the allocator, and a shared machine is slow at times
 EPOCHS = 3
-# the longest windows of which a CPU repeats a stepwise epoch
-LONGEST_REPEATED = 1024
+# the longest windows of which a CPU repeats a stepwise epoch; one of longer ones takes seconds
+LONGEST_REPEATED = 512
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,13 @@ class TrainingCase:
     fraction: float
     recipe: Recipe
     model_name: str = "pico-llama"
+
+
+class Timed(NamedTuple):
+    """Seconds of all layers together, and of each; some may have run at the same time."""
+
+    seconds: float
+    by_layer: list[float]
 
 
 class TrainingBench:
@@ -87,10 +94,17 @@ class TrainingBench:
     def stepwise(self, i: int) -> None:
         """An epoch of layer `i` that builds masks and S x S weights anew at every step."""
         for rows in self.batches:
-            loss = self._stepwise_loss(i, rows)
-            self.optimizers[i].zero_grad()
-            loss.backward()
-            self.optimizers[i].step()
+            self._stepwise_step(i, rows)
+
+    def warm_up_stepwise(self) -> None:
+        """One step, which fills the allocator."""
+        self._stepwise_step(self.layers[0], self.batches[0])
+
+    def _stepwise_step(self, i: int, rows: Tensor) -> None:
+        loss = self._stepwise_loss(i, rows)
+        self.optimizers[i].zero_grad()
+        loss.backward()
+        self.optimizers[i].step()
 
     def _stepwise_loss(self, i: int, rows: Tensor) -> Tensor:
         """Mean squared error after W_O, past the budget."""
@@ -103,22 +117,36 @@ class TrainingBench:
         difference = past_budget.transpose(1, 2).flatten(2)
         return (difference @ self.projections[i].T).square().mean()
 
-    def seconds(self, run: Callable, work: Callable[[int], None]) -> float:
-        """Seconds of `work` for all layers, through `run`: `map`, or that of a pool of threads."""
+    def time(self, run: Callable, work: Callable[[int], None]) -> Timed:
+        """Time `work` for all layers, through `run`: `map`, or that of a pool of threads."""
+
+        def seconds_of(i: int) -> float:
+            begun = now()
+            work(i)
+            return now() - begun
+
         begun = now()
-        list(run(work, self.layers))
-        return now() - begun
+        by_layer = list(run(seconds_of, self.layers))
+        return Timed(now() - begun, by_layer)
 
 
-def repeats(case: TrainingCase) -> int:
-    """Epochs of which the fastest counts; one where a CPU takes 20 s: there no warming up shows."""
-    if case.scheme == OURS or case.length <= LONGEST_REPEATED or DEVICE.type == "cuda":
-        return EPOCHS
-    return 1
+def epochs(bench: TrainingBench, case: TrainingCase, run: Callable) -> list[Timed]:
+    """Epochs of which the fastest counts.
+
+    Long stepwise ones on a CPU take many seconds: there a step to warm up, and one epoch, whose
+    spread shows between its layers.
+    """
+    if case.scheme == OURS:
+        return [bench.time(run, bench.ours) for _ in range(EPOCHS)]
+    if case.length <= LONGEST_REPEATED or DEVICE.type == "cuda":
+        return [bench.time(run, bench.stepwise) for _ in range(EPOCHS)]
+    bench.warm_up_stepwise()
+    return [bench.time(run, bench.stepwise)]
 
 
 def epoch(case: TrainingCase) -> dict:
-    """Train all layers for an epoch: its seconds, those of what is computed once, and peak MiB.
+    """Train all layers for an epoch: its seconds, those of its quickest and its slowest layer,
+    those of what is computed once, and peak MiB.
 
     The peak is above what the process held before; None where it cannot be read.
     """
@@ -126,16 +154,17 @@ def epoch(case: TrainingCase) -> dict:
     seconds_once = 0.0
     held = restart_peak_memory()
     if case.scheme == STEPWISE:
-        seconds = [bench.seconds(map, bench.stepwise) for _ in range(repeats(case))]
+        timed = epochs(bench, case, map)
     else:
-        work = bench.ours if case.scheme == OURS else bench.stepwise
         with layer_pool(bench.model.device) as pool:
             if case.scheme == OURS:
-                seconds_once = bench.seconds(pool.map, bench.prepare)
-            seconds = [bench.seconds(pool.map, work) for _ in range(repeats(case))]
+                seconds_once = bench.time(pool.map, bench.prepare).seconds
+            timed = epochs(bench, case, pool.map)
     peak_mib = peak_above(held)
+    fastest = min(timed, key=lambda epoch: epoch.seconds)
     return {
-        "seconds_epoch": round(min(seconds), 4),
+        "seconds_epoch": round(fastest.seconds, 4),
+        "seconds_layers": [round(min(fastest.by_layer), 4), round(max(fastest.by_layer), 4)],
         "seconds_once": round(seconds_once, 4),
         "peak_mib": None if peak_mib is None else round(peak_mib, 1),
     }

@@ -39,6 +39,13 @@ class Point:
     method: Method | None = None
 
 
+class Twin(NamedTuple):
+    """A point of another experiment, by its key, that measures the same as a point of this one."""
+
+    experiment: Experiment
+    key: str
+
+
 class TaskTexts(NamedTuple):
     """The texts of a task that an experiment reads: how many examples, how many shots before each,
     and the words that a text is cut to. See `lesslib.data.tasks.task_record`.
@@ -98,6 +105,13 @@ class Experiment:
     def compute_together(self, points: list[Point]) -> list[dict[str, Any]]:
         """The values of points that differ only in the parameters named in `together`."""
         return [self.compute(point) for point in points]
+
+    def twin(self, point: Point) -> Twin | None:
+        """The point of another experiment that measures the same, if there is one.
+
+        Where that one is up to date, its value is taken instead of being computed again.
+        """
+        return None
 
     def prepare(self, point: Point) -> None:
         """Called before processes share the points: trains the kernels of its method if need be."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lesslib.experiments.claims import Verdict, claim
-from lesslib.experiments.experiment import Point
+from lesslib.experiments.experiment import Point, Twin
+from lesslib.experiments.language_modeling import LanguageModeling
 from lesslib.experiments.method import Method
 from lesslib.experiments.records import PLUS
 from lesslib.experiments.scoring import ScoringExperiment, score
@@ -51,6 +52,14 @@ class KernelSize(ScoringExperiment):
 
     def corpora(self) -> tuple[str, ...]:
         return (self.profile.evaluation[0], *self.profile.training)
+
+    def twin(self, point: Point) -> Twin | None:
+        """Kernels of the profile's own size are rows of Table 2."""
+        if point.parameters["kernel_size"] != self.profile.kernel_size:
+            return None
+        assert point.method is not None
+        key = f"{self.profile.evaluation[0]}/{point.method.budget}/{point.method.label}"
+        return Twin(LanguageModeling(self.profile.name, self.seed), key)
 
     def compute(self, point: Point) -> dict[str, Any]:
         return score(self, point, self.profile.evaluation[0])

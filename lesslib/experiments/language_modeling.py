@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from lesslib.evaluation import gap_closed
 from lesslib.evaluation.perplexity import RECURRENCE
+from lesslib.experiments import tour
 from lesslib.experiments.claims import Verdict, claim
-from lesslib.experiments.experiment import Point
+from lesslib.experiments.experiment import Point, Twin
 from lesslib.experiments.method import Method
 from lesslib.experiments.records import FULL, PLUS, corpora_of, groups, load_or_empty, rows
 from lesslib.experiments.scoring import (
@@ -61,6 +62,14 @@ class LanguageModeling(ScoringExperiment):
 
     def corpora(self) -> tuple[str, ...]:
         return self.profile.evaluation
+
+    def twin(self, point: Point) -> Twin | None:
+        """The tour has some rows of one cell; that of LESS may have other kernels."""
+        method = point.method
+        if method not in tour.METHODS or method.state != "none":
+            return None
+        key = f"{point.parameters['corpus']}/{tour.FRACTION:.0%}/{method.label}"
+        return Twin(tour.Tour(self.profile.name, self.seed), key)
 
 
 def run(profile: str, seed: int = 0) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lesslib.experiments.experiment import Experiment, Point, TaskTexts
+from lesslib.experiments.experiment import Experiment, Point, TaskTexts, Twin
+from lesslib.experiments.language_modeling import LanguageModeling
 from lesslib.experiments.method import Method
 from lesslib.experiments.records import PLUS
 from lesslib.experiments.scoring import score
 from lesslib.experiments.statistics import difference
-from lesslib.experiments.summarization import at_fractions, summarise
+from lesslib.experiments.summarization import Summarization, at_fractions, summarise
 from lesslib.profiles import get_tasks, roles
 from lesslib.reporting import plots
 
@@ -70,6 +71,16 @@ class Seeds(Experiment):
 
     def models(self) -> tuple[str, ...]:
         return (self.profile.model, self.writer)
+
+    def twin(self, point: Point) -> Twin | None:
+        """Kernels of the first seed are those of Table 2 and of the summaries."""
+        if point.parameters["s"] != self.seed:
+            return None
+        text, _ = point.key.split("/")
+        key = f"{text}/{METHOD.budget}/{METHOD.label}"
+        if "task" in point.parameters:
+            return Twin(Summarization(self.profile.name, "llama", self.seed), key)
+        return Twin(LanguageModeling(self.profile.name, self.seed), key)
 
     def compute_together(self, points: list[Point]) -> list[dict[str, Any]]:
         if "task" in points[0].parameters:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,9 @@ PROCESSES = 4
 # PR_SET_PDEATHSIG of Linux's prctl: the signal that a process gets when its parent dies.
 SIGNAL_OF_PARENTS_DEATH = 1
 
+# What an entry of a record holds beside the value.
+OF_THE_POINT = ("parameters", "cache_key", "seconds")
+
 # A point with the seconds that it took and its value.
 Result = tuple["Point", float, dict[str, Any]]
 
@@ -44,6 +47,9 @@ def sweep(experiment: Experiment) -> dict[str, Any]:
     missing = book.missing()
     if missing:
         check_writable(book.path.parent)
+    for point, seconds, value in _of_twins(experiment, missing):
+        book.write(point, seconds, value)
+    missing = book.missing()
     try:
         with contextlib.closing(_computed(experiment, missing, book)) as results:
             for point, seconds, value in results:
@@ -119,6 +125,9 @@ class Book:
         """What the point took when it was last recorded, up to date or not; 0 if it never was."""
         return self.record["points"].get(point.key, {}).get("seconds", 0.0)
 
+    def seconds_of_group_before(self, group: list[Point]) -> float:
+        return sum(self.seconds_before(point) for point in group)
+
     def write(self, point: Point, seconds: float, value: dict[str, Any]) -> None:
         """Put a point's value on disk, and into the ledger."""
         entry = {
@@ -148,6 +157,24 @@ class Book:
         set_context(f"{self.name} {len(self.done)}/{len(self.points)}", remaining)
 
 
+def _of_twins(experiment: Experiment, points: list[Point]) -> Iterator[Result]:
+    """Results of those points that another experiment has already computed: see
+    `Experiment.twin`.
+    """
+    books: dict[str, Book] = {}
+    for point in points:
+        twin = experiment.twin(point)
+        if twin is None:
+            continue
+        name = twin.experiment.name
+        if name not in books:
+            books[name] = Book(twin.experiment)
+        entry = books[name].done.get(twin.key)
+        if entry is not None:
+            value = {name: x for name, x in entry.items() if name not in OF_THE_POINT}
+            yield point, entry["seconds"], value
+
+
 # ---------------------------------------------------------------------- computing
 def _computed(experiment: Experiment, points: list[Point], book: Book) -> Generator[Result]:
     """Results as they end: first, in this process, of points that may not be shared."""
@@ -168,8 +195,9 @@ def _computed(experiment: Experiment, points: list[Point], book: Book) -> Genera
             book.say(1)
             yield from compute_group(experiment, group)
     if shared:
-        # The longest first, so that no process works on alone at the end.
-        shared.sort(key=lambda group: -sum(book.seconds_before(point) for point in group))
+        # The longest first, so that no process works on alone at the end; never timed, the largest.
+        shared.sort(key=len, reverse=True)
+        shared.sort(key=book.seconds_of_group_before, reverse=True)
         yield from _by_processes(experiment, shared, processes, book)
 
 

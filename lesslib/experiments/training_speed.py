@@ -99,14 +99,19 @@ def verdicts(record: dict) -> list[Verdict]:
 
 # ---------------------------------------------------------------------- a table and a figure
 def table(record: dict) -> Markdown:
-    """Seconds and memory by scheme and length, and seconds over ours."""
+    """Seconds and memory by scheme and length, and seconds over ours.
+
+    "a layer": of the quickest and of the slowest, in the same epoch.
+    """
     cases = by_case(record)
     lines = []
     for (scheme, length), entry in cases.items():
         ratio = entry["seconds_epoch"] / cases[OURS, length]["seconds_epoch"]
-        measured = [entry[name] for name in ("seconds_epoch", "seconds_once", "peak_mib")]
+        # not in older records
+        of_layers = " to ".join(f"{s:.3g}" for s in entry.get("seconds_layers", []))
+        measured = [entry["seconds_epoch"], of_layers, entry["seconds_once"], entry["peak_mib"]]
         lines.append([scheme, length, *measured, f"{ratio:.1f}"])
-    columns = ["s an epoch", "s once", "peak MiB", "times ours"]
+    columns = ["s an epoch", "s a layer", "s once", "peak MiB", "times ours"]
     return plots.table(["scheme", "tokens", *columns], lines)
 
 

@@ -2,9 +2,9 @@
 
 Open main.py first: it parses the command line and calls one function of commands.py. plan.py says
 what a call is about: which notebooks, which of them have to run (run_log.py), and what would stand
-in their way (preflight.py). kernels.py has the CPU's kernels compiled before, execute.py hands a
-notebook to papermill. Only `lesslib.run` imports from here. An import loads no torch and no
-papermill, so that `./run_all.sh --list` answers at once.
+in their way (preflight.py). kernels.py has the CPU's kernels compiled before, forked.py loads once
+what all notebooks import, and execute.py hands a notebook to papermill. Only `lesslib.run` imports
+from here. An import loads no torch and no papermill, so that `./run_all.sh --list` answers at once.
 
 A notebook declares in its metadata, under "lesslib", what the runner has to know of it:
 

@@ -122,6 +122,11 @@ def run_all(plan: Plan) -> None:
     os.environ.update(variables)
     if plan.todo and not plan.options.from_results:
         prepare_kernels(OF_NOTEBOOKS, variables)
+    if plan.todo:
+        # Imported here: a call that runs nothing should not wait for it.
+        from lesslib.runner import forked
+
+        forked.fork_kernels()
     for place, notebook in enumerate(plan.todo, 1):
         head = f"[{place}/{len(plan.todo)}] {notebook.number} {notebook.title}"
         outcome = run_one(plan, notebook, head)

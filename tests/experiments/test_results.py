@@ -15,6 +15,10 @@ import pytest
 import torch
 
 from lesslib.experiments import Experiment, Point
+from lesslib.experiments.experiment import Twin
+from lesslib.experiments.kernel_size import KernelSize
+from lesslib.experiments.language_modeling import LanguageModeling
+from lesslib.experiments.seeds import Seeds
 from lesslib.profiles import results_dir
 from lesslib.reporting.results import cache_key, load, manifest
 from lesslib.util import files
@@ -92,6 +96,70 @@ def test_an_interrupted_sweep_keeps_what_is_finished_and_resumes():
     assert squares(load("exp", "tiny")) == {"one": 1, "two": 4}
     assert squares(second.run()) == {"one": 1, "two": 4, "three": 9}
     assert second.calls == [3]
+
+
+class Doubled(Squares):
+    """Measures the same at `one` and `two` as Squares on `data_of_twin`."""
+
+    name = "doubled"
+    data_of_twin = DATA
+
+    def twin(self, point):
+        if point.key == "three":
+            return None
+        return Twin(Squares(data=self.data_of_twin), point.key)
+
+
+def test_what_another_experiment_has_measured_is_taken_where_it_is_up_to_date():
+    Squares({"one": {"x": 1}}).run()
+    seconds = load("exp", "tiny")["points"]["one"]["seconds"]
+    experiment = Doubled()
+    record = experiment.run()
+    # `two` was not there, `three` has no twin
+    assert experiment.calls == [2, 3]
+    assert squares(record) == {"one": 1, "two": 4, "three": 9}
+    assert record["points"]["one"]["seconds"] == seconds
+    assert set(record["points"]["one"]) == set(record["points"]["two"])
+    assert Doubled().run() == record
+
+
+def test_what_another_experiment_measured_on_other_data_or_elsewhere_is_not_taken(
+    home, monkeypatch
+):
+    Squares().run()
+    stale = Doubled()
+    stale.data_of_twin = [DATA[0] | {"sha256": "another"}]
+    stale.run()
+    assert stale.calls == [1, 2, 3]
+    # as in a clone, whose recorded points this machine did not compute
+    (home / "results/tiny/doubled.json").unlink()
+    monkeypatch.setenv("LESS_LEDGER", str(home / "ledger.json"))
+    cloned = Doubled()
+    cloned.run()
+    assert cloned.calls == [1, 2, 3]
+
+
+def test_points_that_are_the_same_in_two_experiments_are_computed_once():
+    taken = {}
+    for experiment in (KernelSize("tiny"), Seeds("tiny"), LanguageModeling("tiny")):
+        taken[experiment.name] = []
+        for point in experiment.points():
+            twin = experiment.twin(point)
+            if twin is None:
+                continue
+            points = {other.key: other for other in twin.experiment.points()}
+            if twin.key in points:
+                assert points[twin.key].method == point.method
+                taken[experiment.name].append(point.key)
+    assert taken == {
+        "kernel_size": ["2%/8/Baseline+", "2%/8/LESS (2%)", "5%/8/Baseline+", "5%/8/LESS (5%)"],
+        "seeds": ["topics-heldout/0", "summary/0", "sentence/0", "tellings/0"],
+        "language_modeling": [
+            "topics-heldout/Full",
+            "topics-heldout/5%/Baseline",
+            "topics-heldout/5%/Baseline+",
+        ],
+    }
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="points are shared on Linux alone")
@@ -220,6 +288,10 @@ import os, sys, time
 import torch
 from pathlib import Path
 from lesslib.experiments import Experiment, Point
+from lesslib.experiments.experiment import Twin
+from lesslib.experiments.kernel_size import KernelSize
+from lesslib.experiments.language_modeling import LanguageModeling
+from lesslib.experiments.seeds import Seeds
 torch.set_num_threads(2)
 class Sleeping(Experiment):
     name = "exp"

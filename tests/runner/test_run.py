@@ -11,14 +11,18 @@ import sys
 import textwrap
 import time
 import tomllib
+from collections.abc import Callable
+from multiprocessing import get_start_method
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import psutil
 import pytest
 from packaging.requirements import Requirement
 
 from lesslib import data, profiles
-from lesslib.runner import commands, kernels, progress_line
+from lesslib.runner import commands, forked, kernels, progress_line
 from lesslib.runner import main as runner
 from lesslib.runner.notebook import Notebook
 from lesslib.runner.run_log import Outcome, RunLog
@@ -46,6 +50,8 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setattr(runner, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(commands, "prepare_kernels", lambda *arguments: None)
+    # These notebooks import nothing that would be worth loading before.
+    monkeypatch.setattr(forked, "fork_kernels", lambda: None)
     yield tmp_path
     os.environ.clear()
     os.environ.update(before)
@@ -581,6 +587,59 @@ def test_kernels_are_compiled_in_a_process_of_its_own_unless_they_are(
     kernels.prepare_kernels(("float32", "float64"), {})
     expected = [[sys.executable, "-m", "lesslib.ops.cpu", "float32", "float64"]]
     assert commands_run == (expected if compiles else [])
+
+
+# ---------------------------------------------------------------- forked kernels
+FORKING = ELSEWHERE + "from lesslib.runner import forked; forked.PRELOADED[:] = {}; "
+
+
+def start_forking(home: Path, preloaded: list[str]) -> subprocess.Popen:
+    """The runner in a process of its own, with these modules loaded before kernels are forked."""
+    code = FORKING.format(home / "notebooks", preloaded) + "sys.exit(runner.main())"
+    words = [sys.executable, "-c", code, "--profile", "smoke"]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="kernels are forked on Linux alone")
+
+
+@on_linux
+def test_forked_kernels_share_what_was_imported_and_nothing_else(home):
+    imported = "import os, sys, multiprocessing\nprint('matplotlib.pyplot' in sys.modules)"
+    where = "sys.executable, os.getcwd(), os.environ['LESS_PROFILE'], profile"
+    leaves = "multiprocessing.spam = os.environ['SPAM'] = '1'"
+    draws = "import matplotlib.pyplot as plt\nfigure = plt.subplots()[0]\nfigure"
+    write(home, "00_one", f"{imported}\nprint({where})\n{leaves}", draws)
+    finds = "os.environ.get('SPAM'), hasattr(multiprocessing, 'spam')"
+    method = "multiprocessing.get_start_method()"
+    write(home, "01_two", f"{imported}\nprint({finds}, {method})")
+    runner_process = start_forking(home, ["matplotlib.pyplot"])
+    _, errors = runner_process.communicate(timeout=120)
+    assert (runner_process.returncode, errors) == (0, "")
+    printed = out(home, "00_one").splitlines()
+    assert printed[:2] == ["True", f"{sys.executable} {ROOT} smoke smoke"]
+    assert out(home, "01_two").splitlines() == ["True", f"None False {get_start_method()}"]
+    node = nbformat.read(home / "results/smoke/notebooks/00_one.ipynb", 4)
+    assert "image/png" in node.cells[-1].outputs[0].data
+
+
+@on_linux
+def test_a_forked_kernel_ends_with_a_runner_that_is_killed(home):
+    file = home / "kernel.txt"
+    says = f"import pathlib\npathlib.Path('{file}').write_text(str(os.getpid()))"
+    write(home, "00_one", f"import time\n{says}\ntime.sleep(100)")
+    runner_process = start_forking(home, [])
+    wait_for(lambda: file.exists() and file.read_text())
+    runner_process.kill()
+    runner_process.communicate()
+    wait_for(lambda: not psutil.pid_exists(int(file.read_text())))
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------- run_all.sh, list of packages
