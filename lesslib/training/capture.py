@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from lesslib.util.progress import progress
 class LayerData:
     """One layer over N sequences of S tokens.
 
-    q, out [N, Hq, S, D or Dv]; k, v [N, Hkv, S, D or Dv]; `scaling` of its logits.
+    q, out [N, Hq, S, D or Dv]; k, v [N, Hkv, S, D or Dv]; `scaling` of its logits; `seconds`, its
+    share of the pass that captured it.
     """
 
     q: Tensor
@@ -26,6 +28,7 @@ class LayerData:
     v: Tensor
     out: Tensor
     scaling: float = field(default=0.0, init=False)
+    seconds: float = field(default=0.0, init=False)
 
     def put(self, rows: slice, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Take the tensors of the sequences `rows`."""
@@ -74,11 +77,15 @@ def capture_layers(
             data[layer].scaling = scaling
 
     sequences = len(windows)
+    begun = time.perf_counter()
     with capture(model, keep):
         for start in range(0, sequences, batch):
             rows = slice(start, min(start + batch, sequences))
             model(input_ids=windows[rows].to(model.device), use_cache=False, logits_to_keep=1)
             progress("capturing q, k, v", rows.stop, sequences)
+    seconds = time.perf_counter() - begun
+    for layer_data in data.values():
+        layer_data.seconds = seconds / len(data)
     return data
 
 
