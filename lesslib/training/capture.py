@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -13,6 +14,10 @@ from torch import Tensor
 from lesslib.hf import capture
 from lesslib.models import model_shape
 from lesslib.util.progress import progress
+
+
+class AllCaptured(Exception):
+    """Ends a pass of the model where all that was wanted of it is there."""
 
 
 @dataclass
@@ -70,18 +75,22 @@ def capture_layers(
 
     # The sequences that pass through the model at the moment.
     rows = slice(0, 0)
+    last = max(layers)
 
     def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scaling: float) -> None:
         if layer in data:
             data[layer].put(rows, q, k, v, out)
             data[layer].scaling = scaling
+        if layer == last:
+            raise AllCaptured
 
     sequences = len(windows)
     begun = time.perf_counter()
     with capture(model, keep):
         for start in range(0, sequences, batch):
             rows = slice(start, min(start + batch, sequences))
-            model(input_ids=windows[rows].to(model.device), use_cache=False, logits_to_keep=1)
+            with contextlib.suppress(AllCaptured):
+                model(input_ids=windows[rows].to(model.device), use_cache=False, logits_to_keep=1)
             progress("capturing q, k, v", rows.stop, sequences)
     seconds = time.perf_counter() - begun
     for layer_data in data.values():
