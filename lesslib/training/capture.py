@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lesslib.hf import capture
 from lesslib.models import model_shape
+from lesslib.util.hardware import autocast
 from lesslib.util.progress import progress
 
 
@@ -59,8 +60,9 @@ def capture_layers(
 ) -> dict[int, LayerData]:
     """q, k, v after RoPE and attention outputs of `layers` over token `windows` [N, S], by layer.
 
-    They come from ONE pass, in half precision. Beyond `memory_gib` they are mapped files in
-    `folder`, gone with the tensors; raises ValueError without a folder that holds them.
+    They come from ONE pass, in half precision. A float32 model's matmuls run under `autocast`; the
+    outputs are those of the captured q, k and v all the same. Beyond `memory_gib` they are mapped
+    files in `folder`, gone with the tensors; raises ValueError without a folder that holds them.
     """
     needed = len(layers) * captured_bytes(model_shape(model), windows)
     is_on_disk = needed > memory_gib * 2**30
@@ -86,7 +88,7 @@ def capture_layers(
 
     sequences = len(windows)
     begun = time.perf_counter()
-    with capture(model, keep):
+    with autocast(model.device, model.dtype == torch.float32), capture(model, keep):
         for start in range(0, sequences, batch):
             rows = slice(start, min(start + batch, sequences))
             with contextlib.suppress(AllCaptured):

@@ -160,7 +160,9 @@ class LayerTrainer:
         difference = _by_position(out - target)
         # d^T W_O^T W_O d. Both of its factors d have the same gradient, so one of them is detached
         # and the other's gradient doubled: a matmul less.
-        error = (difference * (difference.detach() @ self.gram)).sum() / self._size(difference)
+        pull = difference.detach() @ self.gram
+        pull = pull.to(difference.dtype)
+        error = difference.flatten().dot(pull.flatten()) / self._size(difference)
         return 2 * error - error.detach()
 
     def error_value(self, out: Tensor, target: Tensor) -> float:

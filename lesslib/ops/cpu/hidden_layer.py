@@ -19,8 +19,9 @@ from torch.nn.functional import gelu
 from lesslib.ops.cpu.common import array, jit, over_rows
 from lesslib.ops.cpu.elementary import gelu_and_slope, narrowed, widened, zero_like
 
-# Hidden numbers that are worked on together, at least: calls cost little beside them.
-TOGETHER = 2**18
+# Hidden numbers that are worked on together: calls cost little beside them, and a core's caches
+# hold them.
+TOGETHER = 2**19
 # Hidden numbers in a piece of work of a thread.
 PIECE = 2**16
 
