@@ -131,9 +131,12 @@ class LayerTrainer:
 
     def _load(self, x: Tensor, rows: Tensor) -> Tensor:
         """`rows` of x at the P positions past the budget, in float32; x may have no others."""
-        # On CPU four times as fast as x[rows].
-        x = x.index_select(0, rows)
-        return x[:, :, self.past_budget].to(self.device, torch.float32)
+        past = x[:, :, self.past_budget]
+        loaded = torch.empty_like(past[: len(rows)], dtype=torch.float32, device=self.device)
+        # On CPU far faster than past[rows], and without a copy in half precision.
+        for i, row in enumerate(rows.tolist()):
+            loaded[i] = past[row]
+        return loaded
 
     def target(self, rows: Tensor) -> Tensor:
         """Dense attention outputs [b, Hq, P, Dv] of sequences `rows`."""
