@@ -1,8 +1,8 @@
 """Benchmarks that print ratios: `python -m lesslib.bench COMMAND`, with --help.
 
-`train`: seconds and memory of an epoch of kernel training. `ours` trains from eviction times,
-sparse outputs and targets computed once; `stepwise`, after the authors' code, rebuilds at every
-step the dense weights, the mask token by token and the S x S low-rank weights.
+`train`: seconds and memory of kernel training: capture, eviction, an epoch. `ours` trains from
+eviction times, sparse outputs and targets computed once; `stepwise`, after the authors' code,
+rebuilds at every step the dense weights, the mask token by token and the S x S low-rank weights.
 `decode`: milliseconds per step of random models at many contexts, for the full cache and bounded
 ones; bytes and peak memory.
 `score`: seconds and memory of whole sequences through dense attention, a policy alone, and LESS.
@@ -43,6 +43,8 @@ QUICK: dict[str, Any] = {
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     options(
         parser,
+        model=("pico-llama", "a carried model, or the shape of a random one, such as 12x768"),
+        layers=(4, "so many of its layers are trained, the first ones"),
         lengths=((512, 1024, 2048), "tokens a window"),
         schemes=(SCHEMES, "ratios are of the first", SCHEMES),
         sequences=(8, "windows an epoch"),

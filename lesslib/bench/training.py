@@ -5,12 +5,13 @@ Open `TrainingBench` for the schemes, `measure` for one number, `print_training`
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from lesslib.attention.fit import model_shape
+from lesslib.bench.shapes import MODELS, random_model
 from lesslib.bench.stepwise import stepwise_attention
 from lesslib.bench.timing import DEVICE, fresh_process, now, peak_above, restart_peak_memory
 from lesslib.data import load_corpus, training_windows
@@ -26,7 +27,7 @@ STEPWISE = "stepwise"
 STEPWISE_PARALLEL = "stepwise, layers in parallel"
 SCHEMES = (OURS, STEPWISE, STEPWISE_PARALLEL)
 
-# the fastest counts: the first fills the allocator, and a shared machine is slow at times
+# the median counts: the first fills the allocator, and a shared machine is slow at times
 EPOCHS = 3
 # the longest windows of which a CPU repeats a stepwise epoch; one of longer ones takes seconds
 LONGEST_REPEATED = 512
@@ -34,14 +35,31 @@ LONGEST_REPEATED = 512
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """One epoch to time: `sequences` windows of `length` tokens, H2O at `fraction` of a window."""
+    """One epoch to time: `sequences` windows of `length` tokens, H2O at `fraction` of a window.
+
+    `model` is a carried one, or the shape of a random one; its first `layers` are trained.
+    """
 
     scheme: str
     length: int
     sequences: int
     fraction: float
     recipe: Recipe
-    model_name: str = "pico-llama"
+    model: str = "pico-llama"
+    layers: int = 4
+
+
+def model_and_windows(case: TrainingCase) -> tuple[Any, Tensor]:
+    """The model of a case, and the token windows [N, S] that its kernels are trained on."""
+    seed = case.recipe.seed
+    if case.model in MODELS:
+        model = random_model(case.model)
+        size = (case.sequences, case.length)
+        generator = torch.Generator().manual_seed(seed)
+        return model, torch.randint(model.config.vocab_size, size, generator=generator)
+    model, tokenizer = load_model(case.model, DEVICE, torch.float32)
+    corpora = [load_corpus("topics-train")]
+    return model, training_windows(corpora, tokenizer, case.length, case.sequences, seed)
 
 
 class Timed(NamedTuple):
@@ -52,13 +70,11 @@ class Timed(NamedTuple):
 
 
 class TrainingBench:
-    """All layers of a model with fresh kernels, and what they are trained on by either scheme."""
+    """Layers of a model with fresh kernels, and what they are trained on by either scheme."""
 
     def __init__(self, case: TrainingCase):
         recipe = case.recipe
-        model, tokenizer = load_model(case.model_name, DEVICE, torch.float32)
-        corpora = [load_corpus("topics-train")]
-        windows = training_windows(corpora, tokenizer, case.length, case.sequences, recipe.seed)
+        model, windows = model_and_windows(case)
         modules = attention_modules(model)
 
         kernels = Kernels.new(
@@ -67,16 +83,15 @@ class TrainingBench:
 
         self.model = model
         self.policy = H2O.from_budget(budget_of(case.fraction, case.length))
-        self.layers = list(modules)
+        self.layers = list(modules)[: case.layers]
         self.kernels = [cast(LayerKernels, layer.train()) for layer in kernels.layers]
-        self.projections = {
-            i: output_projection(module).weight.detach() for i, module in modules.items()
-        }
+        self.projections = {i: output_projection(modules[i]).weight.detach() for i in self.layers}
         self.optimizers = {
             i: torch.optim.Adam(self.kernels[i].parameters(), lr=recipe.lr, fused=True)
             for i in self.layers
         }
         self.data = capture_layers(model, windows, self.layers)
+        self.capture_seconds = sum(data.seconds for data in self.data.values())
         self.batch = recipe.batch
         self.batches = torch.arange(case.sequences).split(recipe.batch)
         self.trainers: dict[int, LayerTrainer] = {}
@@ -131,10 +146,11 @@ class TrainingBench:
 
 
 def epochs(bench: TrainingBench, case: TrainingCase, run: Callable) -> list[Timed]:
-    """Epochs of which the fastest counts.
+    """Epochs of which the median counts.
 
     Long stepwise ones on a CPU take many seconds: there a step to warm up, and one epoch, whose
-    spread shows between its layers.
+    spread shows between its layers. A median favours neither scheme, as the fastest of several
+    beside the only one would.
     """
     if case.scheme == OURS:
         return [bench.time(run, bench.ours) for _ in range(EPOCHS)]
@@ -146,7 +162,7 @@ def epochs(bench: TrainingBench, case: TrainingCase, run: Callable) -> list[Time
 
 def epoch(case: TrainingCase) -> dict:
     """Train all layers for an epoch: its seconds, those of its quickest and its slowest layer,
-    those of what is computed once, and peak MiB.
+    those of the capture and of what else is computed once (the eviction passes), and peak MiB.
 
     The peak is above what the process held before; None where it cannot be read.
     """
@@ -161,23 +177,30 @@ def epoch(case: TrainingCase) -> dict:
                 seconds_once = bench.time(pool.map, bench.prepare).seconds
             timed = epochs(bench, case, pool.map)
     peak_mib = peak_above(held)
-    fastest = min(timed, key=lambda epoch: epoch.seconds)
+    typical = sorted(timed, key=lambda epoch: epoch.seconds)[len(timed) // 2]
     return {
-        "seconds_epoch": round(fastest.seconds, 4),
-        "seconds_layers": [round(min(fastest.by_layer), 4), round(max(fastest.by_layer), 4)],
+        "seconds_epoch": round(typical.seconds, 4),
+        "seconds_layers": [round(min(typical.by_layer), 4), round(max(typical.by_layer), 4)],
         "seconds_once": round(seconds_once, 4),
+        "seconds_capture": round(bench.capture_seconds, 4),
         "peak_mib": None if peak_mib is None else round(peak_mib, 1),
     }
 
 
 def measure(scheme: str, length: int, sequences: int, fraction: float, **recipe) -> dict:
-    """`epoch` in a fresh process, so that its peak is its own; `recipe`: fields of `Recipe`."""
-    case = TrainingCase(scheme, length, sequences, fraction, Recipe(**recipe))
+    """`measure_case` for the four layers of pico-llama; `recipe`: fields of `Recipe`."""
+    return measure_case(TrainingCase(scheme, length, sequences, fraction, Recipe(**recipe)))
+
+
+def measure_case(case: TrainingCase) -> dict:
+    """`epoch` in a fresh process, so that its peak is its own."""
     with fresh_process() as pool:
         return pool.submit(epoch, case).result()
 
 
 def print_training(
+    model: str,
+    layers: int,
     lengths: list[int],
     schemes: list[str],
     sequences: int,
@@ -185,21 +208,26 @@ def print_training(
     hidden: int,
     dropout: float,
 ) -> None:
-    """A table of `measure` by scheme, each with its ratio to the first."""
+    """A table of `measure_case` by scheme, each with its ratio to the first.
+
+    Capture and eviction are done once, whatever the number of epochs.
+    """
     first = schemes[0]
+    recipe = Recipe(hidden=hidden, dropout=dropout)
     print(
-        f"{'tokens':>6} {'scheme':>28} {'s/epoch':>9} {'once s':>7} {'peak MiB':>9}"
-        f" {'times ' + first:>23}"
+        f"{'tokens':>6} {'scheme':>28} {'capture s':>9} {'eviction s':>10} {'s/epoch':>9}"
+        f" {'peak MiB':>9} {'times ' + first:>23}"
     )
     for length in lengths:
-        measured = {
-            scheme: measure(scheme, length, sequences, fraction, hidden=hidden, dropout=dropout)
-            for scheme in schemes
-        }
+        measured = {}
+        for scheme in schemes:
+            case = TrainingCase(scheme, length, sequences, fraction, recipe, model, layers)
+            measured[scheme] = measure_case(case)
         for scheme, row in measured.items():
             seconds = row["seconds_epoch"]
             times = seconds / measured[first]["seconds_epoch"]
             print(
-                f"{length:6d} {scheme:>28} {seconds:9.3f} {row['seconds_once']:7.2f}"
+                f"{length:6d} {scheme:>28} {row['seconds_capture']:9.2f}"
+                f" {row['seconds_once']:10.2f} {seconds:9.3f}"
                 f" {row['peak_mib'] or 0:9.0f} {times:23.1f}"
             )

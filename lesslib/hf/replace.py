@@ -114,14 +114,19 @@ def capture(
 ) -> Iterator[PreTrainedModel]:
     """Dense attention that hands every layer's tensors to `keep(layer, q, k, v, out, scaling)`.
 
-    q, k (after RoPE), v and the attention output, in the shapes of `Attention`, without gradients.
+    q, k (after RoPE), v and the attention output, in the shapes of `Attention`, without gradients;
+    in the model's dtype, and attention computed in it, even where autocast has others.
     Raises as `replace_attention` does.
     """
 
     def attention(
         layer: int, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, scaling: float
     ) -> Tensor:
-        out = dense_attention(q, k, v, real, scaling)
+        q = q.to(model.dtype)
+        k = k.to(model.dtype)
+        v = v.to(model.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            out = dense_attention(q, k, v, real, scaling)
         keep(layer, q, k, v, out, scaling)
         return out
 

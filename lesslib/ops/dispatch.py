@@ -5,7 +5,8 @@ On a CPU the kernels serve wherever Numba is installed. On a GPU torch's forms d
 $LESS_TRITON=1 asks for the kernels, which were compiled for GPUs and run in Triton's interpreter,
 not on a GPU yet. $LESS_OPS=torch, cpu or triton forces one form, and raises where it cannot serve.
 A step that torch.compile traces has the CPU kernels as operators in its graph; of all else that it
-traces it makes kernels of its own from the torch forms, which serve gradients as well.
+traces it makes kernels of its own from the torch forms. Those serve whatever needs gradients that
+the kernels do not have, as well: `join` and `mlp` have those of a state's weights.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lesslib.ops import blocks, scan, triton
-from lesslib.ops.merge import Part, part_of_sums
+from lesslib.ops.merge import Part, merge, part_of_sums
 from lesslib.ops.rules import EvictionRule
 
 FORMS = ("torch", "cpu", "triton")
@@ -141,10 +142,7 @@ def sequence_kernels(
     They serve policies with a rule, without gradients. Raises RuntimeError where $LESS_OPS names
     kernels that do not know the rule.
     """
-    needs_gradients = torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad
-    )
-    if needs_gradients:
+    if wants_gradients(q, k, v):
         return None
     kernels = kernels_for(q)
     if kernels is None:
@@ -166,6 +164,34 @@ def lowrank_part(phi: Tensor, psi: Tensor, v: Tensor) -> Part:
     if kernels is triton:
         return part_of_sums(*triton.lowrank_attention(phi, psi, v))
     return part_of_sums(*scan.lowrank_attention(phi, psi, v))
+
+
+def join(slots: Part, phi: Tensor, psi: Tensor, v: Tensor) -> Tensor:
+    """Attention over slots and a low-rank state together, [B, Hq, S, Dv]: their parts merged.
+
+    phi, psi and v as in `scan.lowrank_attention`. The CPU kernel has gradients of phi and psi
+    alone.
+    """
+    kernels = kernels_for(phi)
+    if kernels is None or kernels is triton or wants_gradients(*slots, v):
+        return merge(slots, lowrank_part(phi, psi, v.to(phi.dtype)))
+    return kernels.join(slots, phi, psi, v)
+
+
+def mlp_kernels(x: Tensor) -> ModuleType | None:
+    """The kernels of the MLP of many tokens, `mlp`; None: the torch forms.
+
+    They have no gradients of x, and on a GPU torch's matmuls serve.
+    """
+    if wants_gradients(x) or x.dtype == torch.float16:
+        return None
+    kernels = kernels_for(x)
+    return None if kernels is triton else kernels
+
+
+def wants_gradients(*tensors: Tensor) -> bool:
+    """Whether what is computed from the tensors may be asked for their gradients."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def name_of(kernels: ModuleType | None) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lesslib.ops.blocks import gather_tokens
-from lesslib.ops.merge import Part
+from lesslib.ops.merge import Part, merge
 from lesslib.ops.scan import arrivals
 
 # Tensors by name, the batch first; they keep their addresses, so that compiled steps find them.
@@ -117,6 +117,21 @@ class State(nn.Module):
             outputs.append(part.output.clone())
             sums.append(part.logsumexp.clone())
         return Part(torch.cat(outputs, 2), torch.cat(sums, 2))
+
+    def join_over_arrivals(
+        self,
+        slots: Part,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        has_arrived: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """Attention over slots and state together, [B, Hq, S, Dv]; arguments of `over_arrivals`.
+
+        A state whose part need not be written out overrides it.
+        """
+        return merge(slots, self.over_arrivals(queries, keys, values, has_arrived, scaling))
 
     def over_sequence(
         self,

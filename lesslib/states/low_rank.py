@@ -17,7 +17,7 @@ from lesslib.ops import dispatch
 from lesslib.ops.merge import Part, part_of_sums
 from lesslib.states.base import Memory, State
 from lesslib.states.registry import register_state
-from lesslib.util.hardware import autocast
+from lesslib.util.hardware import autocast, autocast_dtype
 
 # The first value of the scales s1 and s2, as in the authors' code.
 SCALE_INIT = 1e-4
@@ -43,13 +43,15 @@ class LowRank(State):
         self.kernel_size = kernel_size
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """A class with features of its own inherits no kernels that compute other ones."""
+        """A class with features or parts of its own inherits no shortcut past them."""
         super().__init_subclass__(**kwargs)
         own = vars(cls)
         if "phi" in own and "fused_phi" not in own:
             cls.fused_phi = LowRank.fused_phi  # type: ignore[method-assign]
         if "psi" in own and "fused_psi" not in own:
             cls.fused_psi = LowRank.fused_psi  # type: ignore[method-assign]
+        if "over_arrivals" in own and "join_over_arrivals" not in own:
+            cls.join_over_arrivals = State.join_over_arrivals  # type: ignore[method-assign]
         features = {"phi": cls.fused_phi, "psi": cls.fused_psi}
         of_the_base = (LowRank.fused_phi, LowRank.fused_psi)
         fused = {name for name, method in features.items() if method not in of_the_base}
@@ -121,7 +123,8 @@ class LowRank(State):
         scaling: float,
     ) -> Part:
         """Linear attention over the pairs in order of arrival: a chunked scan, O(S R Dv)."""
-        return dispatch.lowrank_part(*self._arriving(queries, keys, values, has_arrived))
+        phi, psi = self._arriving_features(queries, keys, has_arrived)
+        return dispatch.lowrank_part(phi, psi, values.to(phi.dtype))
 
     def along_arrivals(
         self,
@@ -132,25 +135,35 @@ class LowRank(State):
         has_arrived: Tensor,
         scaling: float,
     ) -> Part:
-        phi, psi, v = self._arriving(queries, keys, values, has_arrived)
+        phi, psi = self._arriving_features(queries, keys, has_arrived)
+        v = values.to(phi.dtype)
         memory["H"].add_(psi.mT @ v)
         memory["z"].add_(psi.sum(2))
         return dispatch.lowrank_part(phi, psi, v)
 
-    def _arriving(
-        self, queries: Tensor, keys: Tensor, values: Tensor, has_arrived: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """phi [B, Hq, S, R] of queries, psi [B, Hkv, S, R] of keys in order of arrival, 0 where
-        none does, and the values, in float32 or wider.
-        """
+    def join_over_arrivals(
+        self,
+        slots: Part,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        has_arrived: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        phi, psi = self._arriving_features(queries, keys, has_arrived)
+        return dispatch.join(slots, phi, psi, values)
+
+    def _arriving_features(
+        self, queries: Tensor, keys: Tensor, has_arrived: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """phi [B, Hq, S, R], and psi [B, Hkv, S, R], 0 where nothing arrives; float32 or wider."""
         wide = torch.promote_types(queries.dtype, torch.float32)
         # Half-precision matmuls halve the largest tensors of a training step.
         in_half = self.training and self.trains_in_half
         with autocast(queries.device) if in_half else contextlib.nullcontext():
             phi = self.phi(queries)
             psi = self.psi(keys)
-        psi = psi.to(wide) * has_arrived[..., None]
-        return phi.to(wide), psi, values.to(wide)
+        return phi.to(wide), psi.to(wide) * has_arrived[..., None]
 
 
 def over_batch(features: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -238,6 +251,11 @@ class LayerKernels(LowRank):
             return F.gelu(hidden @ w2)
         # Of many tokens: features before tokens, [hidden, S] and [R, S]. With R in the last place a
         # CPU's matmuls take three times as long.
+        narrow = x.to(autocast_dtype(x))
+        kernels = dispatch.mlp_kernels(narrow)
+        if kernels is not None:
+            is_kept = self._drawn(narrow, w1)
+            return F.gelu(kernels.mlp(narrow, w1, w2, is_kept, self._kept_share)).mT
         if self.training:
             hidden = F.gelu(self._dropped(w1.mT @ x.mT))
             return F.gelu(w2.mT @ hidden).mT
@@ -247,12 +265,45 @@ class LayerKernels(LowRank):
         tiles = [F.gelu(w2.mT @ F.gelu(w1.mT @ tokens)) for tokens in x.mT.split(tile, -1)]
         return torch.cat(tiles, -1).mT
 
+    @property
+    def _kept_share(self) -> float:
+        """The share of the hidden layer that dropout keeps."""
+        return 1 - self.dropout if self.training else 1.0
+
     def _dropped(self, hidden: Tensor) -> Tensor:
-        if not self.training or not self.dropout:
+        share = self._kept_share
+        if share == 1:
             return hidden
-        share = 1 - self.dropout
-        kept = torch.empty_like(hidden).bernoulli_(share, generator=self.generator)
-        return hidden * kept / share
+        return hidden * kept_at_random(hidden.shape, share, hidden.device, self.generator) / share
+
+    def _drawn(self, x: Tensor, w1: Tensor) -> Tensor:
+        """What dropout keeps of the hidden layer of x [B, H, S, D], by the random numbers that
+        `_dropped` would draw: [B, H, hidden, S]; empty where all is kept.
+        """
+        share = self._kept_share
+        if share == 1:
+            return torch.empty(0, dtype=torch.bool)
+        B, H, S, _ = x.shape
+        size = torch.Size((B, H, w1.shape[-1], S))
+        return kept_at_random(size, share, x.device, self.generator)
+
+
+def kept_at_random(
+    size: torch.Size, share: float, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Booleans of a size, a `share` of them True, to one in 65,536.
+
+    A CPU draws four of them from one random number: `bernoulli_` takes ten times as long, longer
+    than all else in a step of training.
+    """
+    count = size.numel()
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+    # From the lowest number on: otherwise the sign's bit would always be 0.
+    words.random_(-(2**63), None, generator=generator)
+    draws = words.view(torch.int16)[:count].view(size)
+    # The lowest draw is -2^15, and the highest one must be a limit, too.
+    limit = min(round(share * 2**16), 2**16 - 1) - 2**15
+    return draws < limit
 
 
 def _mlp_of_one_token(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,14 +13,20 @@ from torch import Tensor
 
 from lesslib.hf import capture
 from lesslib.models import model_shape
+from lesslib.util.hardware import autocast
 from lesslib.util.progress import progress
+
+
+class AllCaptured(Exception):
+    """Ends a pass of the model where all that was wanted of it is there."""
 
 
 @dataclass
 class LayerData:
     """One layer over N sequences of S tokens.
 
-    q, out [N, Hq, S, D or Dv]; k, v [N, Hkv, S, D or Dv]; `scaling` of its logits.
+    q, out [N, Hq, S, D or Dv]; k, v [N, Hkv, S, D or Dv]; `scaling` of its logits; `seconds`, its
+    share of the pass that captured it.
     """
 
     q: Tensor
@@ -26,6 +34,7 @@ class LayerData:
     v: Tensor
     out: Tensor
     scaling: float = field(default=0.0, init=False)
+    seconds: float = field(default=0.0, init=False)
 
     def put(self, rows: slice, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Take the tensors of the sequences `rows`."""
@@ -51,8 +60,9 @@ def capture_layers(
 ) -> dict[int, LayerData]:
     """q, k, v after RoPE and attention outputs of `layers` over token `windows` [N, S], by layer.
 
-    They come from ONE pass, in half precision. Beyond `memory_gib` they are mapped files in
-    `folder`, gone with the tensors; raises ValueError without a folder that holds them.
+    They come from ONE pass, in half precision. A float32 model's matmuls run under `autocast`; the
+    outputs are those of the captured q, k and v all the same. Beyond `memory_gib` they are mapped
+    files in `folder`, gone with the tensors; raises ValueError without a folder that holds them.
     """
     needed = len(layers) * captured_bytes(model_shape(model), windows)
     is_on_disk = needed > memory_gib * 2**30
@@ -67,18 +77,26 @@ def capture_layers(
 
     # The sequences that pass through the model at the moment.
     rows = slice(0, 0)
+    last = max(layers)
 
     def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scaling: float) -> None:
         if layer in data:
             data[layer].put(rows, q, k, v, out)
             data[layer].scaling = scaling
+        if layer == last:
+            raise AllCaptured
 
     sequences = len(windows)
-    with capture(model, keep):
+    begun = time.perf_counter()
+    with autocast(model.device, model.dtype == torch.float32), capture(model, keep):
         for start in range(0, sequences, batch):
             rows = slice(start, min(start + batch, sequences))
-            model(input_ids=windows[rows].to(model.device), use_cache=False, logits_to_keep=1)
+            with contextlib.suppress(AllCaptured):
+                model(input_ids=windows[rows].to(model.device), use_cache=False, logits_to_keep=1)
             progress("capturing q, k, v", rows.stop, sequences)
+    seconds = time.perf_counter() - begun
+    for layer_data in data.values():
+        layer_data.seconds = seconds / len(data)
     return data
 
 

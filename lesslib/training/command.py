@@ -130,4 +130,18 @@ def _print_curves(curves: dict, path: Path) -> None:
             f"layer {layer}: {curve['best']:.3f} of the sparse error is left "
             f"(Baseline+ {curve['baseline_plus']:.3f}), {curve['seconds']:.0f} s"
         )
-    print("\n".join([*lines, f"saved {path}"]))
+    print("\n".join([*lines, _seconds_by_part(curves), f"saved {path}"]))
+
+
+def _seconds_by_part(curves: dict) -> str:
+    """What capture, eviction and epochs took, over all layers.
+
+    Layers that train side by side share the time, so their sum is that of all cores.
+    """
+    parts = {"capture": "seconds_capture", "eviction": "seconds_eviction", "epochs": "seconds"}
+    texts = []
+    for part, key in parts.items():
+        # Layers that were finished before the parts were timed lack some.
+        seconds = sum(curve.get(key, 0.0) for curve in curves.values())
+        texts.append(f"{part} {seconds:.0f} s")
+    return f"all layers, one by one: {', '.join(texts)}"

@@ -33,6 +33,13 @@ def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled and is_quick)
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a matmul of x would be in: its own, but under autocast."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """One CPU thread within the context.

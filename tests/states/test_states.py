@@ -19,6 +19,7 @@ from lesslib.states import (
     get_state,
     register_state,
 )
+from lesslib.states.low_rank import kept_at_random
 
 
 def learned(Hq, Hkv, D):
@@ -151,3 +152,33 @@ def test_features_of_ones_own_bring_no_kernels_of_the_base():
     without_kernels = ModuleType("kernels")
     assert torch.equal(layer.fused_phi(without_kernels, q), layer.phi(q))
     assert Mine.fused_psi is LayerKernels.fused_psi
+
+
+def test_dropout_keeps_its_share_by_independent_numbers_of_the_generator():
+    size = torch.Size((2, 3, 24, 401))
+    cpu = torch.device("cpu")
+    share = 0.7
+    generator = torch.Generator().manual_seed(5)
+    kept = kept_at_random(size, share, cpu, generator)
+    # Their mean, and products with those of the next token, unit, head and sequence, each within
+    # five standard deviations.
+    bits = kept.double() - share
+    variance = share * (1 - share)
+    assert abs(bits.mean()) < 5 * (variance / bits.numel()) ** 0.5
+    for dim in range(4):
+        n = size[dim]
+        products = bits.narrow(dim, 0, n - 1) * bits.narrow(dim, 1, n - 1)
+        assert abs(products.mean()) < 5 * variance / products.numel() ** 0.5
+
+    # The generator decides, and moves on.
+    again = kept_at_random(size, share, cpu, torch.Generator().manual_seed(5))
+    assert torch.equal(again, kept)
+    assert not torch.equal(kept_at_random(size, share, cpu, generator), kept)
+
+
+def test_dropout_of_next_to_nothing_and_of_next_to_all():
+    size = torch.Size((3, 5))
+    cpu = torch.device("cpu")
+    generator = torch.Generator().manual_seed(0)
+    assert kept_at_random(size, 1 - 1e-9, cpu, generator).all()
+    assert not kept_at_random(size, 1e-9, cpu, generator).any()

@@ -5,6 +5,7 @@ does, bad settings are named at once.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -355,10 +356,24 @@ def test_the_command_trains_a_carried_model(tmp_path, capsys):
         "out": tmp_path,
     }
     command.main([f"--{name}={value}" for name, value in small.items()])
-    assert "of the sparse error is left" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of the sparse error is left" in printed
+    assert re.search(r"one by one: capture \d+ s, eviction \d+ s, epochs \d+ s\n", printed)
     header = Kernels.load(tmp_path / "pico-llama" / "h2o-0.02.safetensors").header
     assert json.dumps(header)
     assert header["model"] == "pico-llama"
     assert header["fraction"] == 0.02
     assert header["length"] == 96
     assert header["sequences"] == 3
+    for curves in header["curves"].values():
+        for part in ("seconds_capture", "seconds_eviction", "seconds"):
+            assert curves[part] > 0
+    # The layers of one pass share its time.
+    assert len({curves["seconds_capture"] for curves in header["curves"].values()}) == 1
+
+
+def test_cards_from_before_the_parts_were_timed_are_printed(tmp_path, capsys):
+    curves = {str(i): {"best": 0.5, "baseline_plus": 0.9, "seconds": 3.0} for i in range(2)}
+    command._print_curves(curves, tmp_path)
+    printed = capsys.readouterr().out
+    assert "all layers, one by one: capture 0 s, eviction 0 s, epochs 6 s" in printed

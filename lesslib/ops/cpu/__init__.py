@@ -11,6 +11,8 @@ sizes of keys and values, R kernel size.
 from lesslib.ops.cpu.common import available
 from lesslib.ops.cpu.decode import STEP_RULES, attend_step, decode_step
 from lesslib.ops.cpu.features import phi, psi
+from lesslib.ops.cpu.hidden_layer import mlp
+from lesslib.ops.cpu.join import join
 from lesslib.ops.cpu.low_rank import absorb, read
 from lesslib.ops.cpu.prompt import weigh_rows
 from lesslib.ops.cpu.sequence import SEQUENCE_RULES, sequence_of_steps
@@ -22,6 +24,8 @@ __all__ = [
     "attend_step",
     "available",
     "decode_step",
+    "join",
+    "mlp",
     "phi",
     "psi",
     "read",

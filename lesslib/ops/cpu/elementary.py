@@ -26,6 +26,9 @@ BIAS = np.float32(127.0)
 HALF_ABOVE_BIAS = np.float32(127.5)
 HALF = np.float32(0.5)
 SQRT_HALF = np.float32(math.sqrt(0.5))
+# of the normal distribution's density
+INVERSE_ROOT = (2 * math.pi) ** -0.5
+FLOAT32_INVERSE_ROOT = np.float32(INVERSE_ROOT)
 # 2^112, by which exponents of float16 and float32 differ
 FLOAT16_SCALE = np.float32(2.0**112)
 # bits without the sign, of infinity in float16 and float32
@@ -47,6 +50,14 @@ def gelu(x: Any) -> Any:
     In float32 within 1e-6, in float64 by the C library's erf.
     """
     return x * (1 + math.erf(x * math.sqrt(0.5))) / 2
+
+
+def gelu_and_slope(x: Any) -> Any:
+    """`gelu` and its derivative: with P the normal distribution's share below x and p its density,
+    x P and P + x p.
+    """
+    share = math.erfc(-x * math.sqrt(0.5)) / 2
+    return x * share, share + x * math.exp(-x * x / 2) * INVERSE_ROOT
 
 
 def zero_like(x: Any) -> Any:
@@ -71,6 +82,11 @@ def widened(x: Any) -> Any:
 
     The bits are those of `common.BITS`: a uint16 holds a bfloat16, an int16 a float16.
     """
+    return x
+
+
+def narrowed(x: Any, like: Any) -> Any:
+    """x in the type of `like`: a bfloat16's bits, rounded to the nearest; others as they are."""
     return x
 
 
@@ -163,6 +179,36 @@ def float64_of_rank(rank):
 
 
 @jit_as_written
+def float32_gelu_and_slope(x):
+    # as in float32_gelu: the share beyond |x| is half of erfc
+    y = abs(x) * SQRT_HALF
+    t = ONE / (ONE + np.float32(0.3275911) * y)
+    p = np.float32(1.061405429)
+    p = p * t - np.float32(1.453152027)
+    p = p * t + np.float32(1.421413741)
+    p = p * t - np.float32(0.284496736)
+    p = p * t + np.float32(0.254829592)
+    power = float32_exponential(-y * y)
+    beyond = HALF * p * t * power
+    share = beyond if x < 0 else ONE - beyond
+    return x * share, share + x * power * FLOAT32_INVERSE_ROOT
+
+
+@jit_as_written
+def float64_gelu_and_slope(x):
+    share = math.erfc(-x * math.sqrt(0.5)) / 2
+    return x * share, share + x * math.exp(-x * x / 2) * INVERSE_ROOT
+
+
+@jit_as_written
+def bits_of_bfloat16(x):
+    bits = bits_of_float32(x)
+    # of two equally near, the even one
+    is_odd = np.int32(np.int32(bits >> 16) & 1)
+    return np.uint16(np.int32(bits + np.int32(0x7FFF) + is_odd) >> 16)
+
+
+@jit_as_written
 def widened_bfloat16(x):
     return float32_of_bits(np.int32(np.int32(x) << 16))
 
@@ -209,6 +255,18 @@ if numba is not None:
         if x == types.float32:
             return lambda x: float32_gelu(x)
         return lambda x: float64_gelu(x)
+
+    @overload(gelu_and_slope)
+    def gelu_and_slope_by_type(x):
+        if x == types.float32:
+            return lambda x: float32_gelu_and_slope(x)
+        return lambda x: float64_gelu_and_slope(x)
+
+    @overload(narrowed)
+    def narrowed_by_type(x, like):
+        if like == types.uint16:
+            return lambda x, like: bits_of_bfloat16(x)
+        return lambda x, like: x
 
     @overload(zero_like)
     def zero_by_type(x):

@@ -18,6 +18,8 @@ from torch import Tensor
 from lesslib.ops import kernel_cache
 from lesslib.ops.cpu.decode import STEP_RULES, attend_step, decode_step
 from lesslib.ops.cpu.features import phi, psi
+from lesslib.ops.cpu.hidden_layer import mlp
+from lesslib.ops.cpu.join import join
 from lesslib.ops.cpu.low_rank import absorb, read
 from lesslib.ops.cpu.prompt import weigh_rows
 from lesslib.ops.cpu.sequence import SEQUENCE_RULES, sequence_of_steps
@@ -54,6 +56,7 @@ def examples(dtype: torch.dtype) -> Iterator[Example]:
     logits = torch.zeros(2, 2, 3, 5, dtype=wide)
     yield Example(weigh_rows, (logits, is_real[:, :3], columns))
     yield from examples_of_a_step(dtype)
+    yield from examples_of_training(dtype)
 
 
 def examples_of_a_step(dtype: torch.dtype) -> Iterator[Example]:
@@ -85,6 +88,34 @@ def examples_of_a_step(dtype: torch.dtype) -> Iterator[Example]:
     yield Example(read, (slots.score.new_zeros(2, 4, 1, 3), H, z))
 
 
+def examples_of_training(dtype: torch.dtype) -> Iterator[Example]:
+    """A call of each operation that has gradients: 2 sequences of 5 tokens, 4 query heads, 2
+    key-value heads of 8, R = 3, 16 hidden units.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=wide)
+
+    def weights(*shape: int) -> Tensor:
+        return numbers(*shape).requires_grad_()
+
+    slots = Part(numbers(2, 4, 5, 8), numbers(2, 4, 5))
+    yield Example(join, (slots, weights(2, 4, 5, 3), weights(2, 2, 5, 3), numbers(2, 2, 5, 8)))
+    is_kept = torch.ones(2, 4, 16, 5, dtype=torch.bool)
+    # The hidden layer may be in half precision while training.
+    for of_hidden in (wide, torch.bfloat16):
+        x = numbers(2, 4, 5, 8).to(of_hidden)
+        yield Example(mlp, (x, weights(4, 8, 16), weights(4, 16, 3), is_kept, 0.5))
+
+
+def run(example: Example) -> None:
+    """Call an operation, and what computes its gradients."""
+    result = example.operation(*example.arguments)
+    if isinstance(result, Tensor) and result.requires_grad:
+        result.sum().backward()
+
+
 def prepare(dtypes: tuple[str, ...] = DTYPES) -> None:
     """Compile what models in `dtypes` use, unless that was done, and say how far it is.
 
@@ -98,9 +129,9 @@ def prepare(dtypes: tuple[str, ...] = DTYPES) -> None:
         begun = time.time()
         for dtype in dtypes:
             calls = list(examples(getattr(torch, dtype)))
-            for done, (operation, arguments) in enumerate(calls):
+            for done, example in enumerate(calls):
                 _say(f"{LABEL}: {dtype} {done}/{len(calls)}")
-                operation(*arguments)
+                run(example)
             kernel_cache.marker(dtype).touch()
         _say(f"{LABEL}: {minutes(time.time() - begun)}", is_last=True)
 
