@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from lesslib.ops.cpu.common import array, jit, over_rows
 from lesslib.ops.cpu.elementary import widened, zero_like
-from lesslib.ops.cpu.steps import add_rows
+from lesslib.ops.cpu.products import write_product
+from lesslib.ops.cpu.steps import copy_row
 from lesslib.ops.merge import Part
 
 
@@ -116,7 +117,8 @@ def join_kernel(
     H = np.empty((R, Dv), phi.dtype)
     z = np.empty(R, phi.dtype)
     value = np.empty(Dv, phi.dtype)
-    numerator = np.empty(Dv, phi.dtype)
+    features = np.empty((G, R), phi.dtype)
+    numerator = np.empty((G, Dv), phi.dtype)
     one = np.ones(1, phi.dtype)[0]
     for row in range(first_row, last_row):
         H[:] = 0
@@ -125,7 +127,10 @@ def join_kernel(
             widen(v[row, t], value)
             take_up(psi[row, t], value, one, H, z)
             for g in range(G):
-                total = dot(phi[row, g, t], z)
+                copy_row(phi[row, g, t], features[g])
+            write_product(features, R, H, Dv, numerator)
+            for g in range(G):
+                total = dot(features[g], z)
                 weight = 0 * total
                 if total > 0:
                     weight = 1 / (1 + math.exp(logsumexp[row, g, t] - math.log(total)))
@@ -133,9 +138,7 @@ def join_kernel(
                     total = one
                 share[row, g, t] = weight
                 denominator[row, g, t] = total
-                numerator[:] = 0
-                add_rows(phi[row, g, t], H, R, Dv, numerator)
-                mix(slots[row, g, t], numerator, total, share[row, g, t], output[row, g, t])
+                mix(slots[row, g, t], numerator[g], total, weight, output[row, g, t])
 
 
 @jit
