@@ -138,7 +138,7 @@ def join_kernel(
                     total = one
                 share[row, g, t] = weight
                 denominator[row, g, t] = total
-                mix(slots[row, g, t], numerator[g], total, weight, output[row, g, t])
+                mix(slots[row, g, t], numerator[g], total, share[row, g, t], output[row, g, t])
 
 
 @jit
