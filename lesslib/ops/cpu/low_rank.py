@@ -19,12 +19,11 @@ def read_kernel(
     last_row,
     addresses,  # of the five tensors below
     sizes,  # rows, queries of a row, R, Dv
-    like_phi,  # an array of phi's dtype
-    like,  # an array of the dtype of H and z
+    like,  # an array of their dtype
 ):
     rows, queries, R, Dv = sizes
     # The heads of a group lie one after the other, and read the same state.
-    phi = tensor_at(addresses[0], (rows, queries, R), like_phi)
+    phi = tensor_at(addresses[0], (rows, queries, R), like)
     H = tensor_at(addresses[1], (rows, R, Dv), like)
     z = tensor_at(addresses[2], (rows, R), like)
     output = tensor_at(addresses[3], (rows, queries, Dv), like)
@@ -55,14 +54,13 @@ def read(phi: Tensor, H: Tensor, z: Tensor) -> Part:
     Hkv = H.shape[1]
     Dv = H.shape[-1]
     part = Part(H.new_empty(B, Hq, S, Dv), H.new_empty(B, Hq, S))
-    tensors = (phi.contiguous(), H, z, part.output, part.logsumexp)
+    tensors = (phi.to(H.dtype).contiguous(), H, z, part.output, part.logsumexp)
     queries = Hq // Hkv * S
     over_rows(
         read_kernel,
         B * Hkv,
         tuple([x.data_ptr() for x in tensors]),
         (B * Hkv, queries, R, Dv),
-        LIKE[phi.dtype],
         LIKE[H.dtype],
         at_once=rows_for_a_thread(queries * R * Dv),
     )
