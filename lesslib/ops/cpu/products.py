@@ -8,6 +8,7 @@ Open `write_product` and `write_dots` first; above them is what spells out vecto
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from lesslib.ops.cpu.common import jit, numba
@@ -226,7 +227,8 @@ if numba is not None:
     def sums_of_tile(builder: Any, vector: Any, rows: list[Any], columns: list[Any]) -> dict:
         """A variable for each vector of sums, at 0; the compiler puts these into registers."""
         zero = ir.Constant(vector, [0.0] * vector.count)
-        return {(r, c): cgutils.alloca_once_value(builder, zero) for r in rows for c in columns}
+        places = itertools.product(rows, columns)
+        return {place: cgutils.alloca_once_value(builder, zero) for place in places}
 
     def add_product(builder: Any, total: Any, x: Any, y: Any) -> None:
         """total += x * y, which "contract" lets the compiler make one instruction."""
